@@ -1,0 +1,69 @@
+# pg_autoembed. The work is in scripts/; each step notices by itself what is done already.
+
+# Which PostgreSQL: the newest one found, unless named (PG_CONFIG=/usr/lib/postgresql/17/bin/pg_config).
+PG_CONFIG ?=
+# The Python that PostgreSQL's PL/Python is linked to.
+PYTHON ?= /usr/bin/python3
+# torch: the CPU build. The index is asked when pip's own configuration does not have this version.
+TORCH_VERSION ?= 2.13.0+cpu
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# The command `autoembed` goes here.
+AUTOEMBED_BIN ?= /usr/local/bin
+DEMO_MODEL ?= all-MiniLM-L6-v2
+JOBS ?= $(shell nproc)
+export PG_CONFIG PYTHON TORCH_VERSION TORCH_INDEX AUTOEMBED_BIN DEMO_MODEL JOBS DESTDIR PYTEST_ARGS
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all up down dsn psql install uninstall bench lint clean dev
+.NOTPARALLEL:
+
+help:       ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: up dev  ## an embedded corpus and a search, from a bare machine on
+	@scripts/model.sh $(DEMO_MODEL)
+	@scripts/run.sh demo/run
+
+test: install dev  ## the tests (PYTEST_ARGS="-k name" chooses)
+	@scripts/test.sh -m "not slow"
+
+test-all: install dev  ## the tests, slow ones too
+	@scripts/test.sh
+
+up: install  ## start a private server under .pg/ with the extension in it
+	@scripts/server.sh up
+
+down:       ## stop it
+	@scripts/server.sh down
+
+dsn:        ## its connection string
+	@scripts/server.sh dsn
+
+psql:       ## open it
+	@scripts/server.sh psql
+
+install:    ## into the PostgreSQL that PG_CONFIG names; with DESTDIR only the files, for packagers
+ifndef DESTDIR
+	@scripts/deps.sh
+	@scripts/pgvector.sh
+endif
+	@scripts/site.sh
+	@scripts/extension.sh
+ifndef DESTDIR
+	@scripts/model.sh
+endif
+
+uninstall:  ## take it away again; models stay
+	@scripts/extension.sh remove
+
+bench: up dev  ## the benchmarks, printed as the README's table
+	@scripts/run.sh bench/run
+
+lint: install dev  ## ruff, mypy, shellcheck
+	@scripts/lint.sh
+
+clean:      ## stop the private server, remove .pg/ and build/
+	@scripts/clean.sh
+
+dev: install
+	@scripts/dev.sh

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# What the extension needs of the system: a PostgreSQL server with PL/Python, and a Python that can make a venv.
+source "$(dirname "$0")/lib.sh"
+
+CLUSTER_CONF=/etc/postgresql-common/createcluster.conf
+
+default_major() { apt-cache depends postgresql | sed -nE 's/.*Depends: postgresql-([0-9]+)$/\1/p' | head -n1; }
+
+# Debian's package makes and starts a cluster of its own when it is first installed: not our business, so not here.
+install_server() {
+    apt_install postgresql-common
+    as_root sed -i.autoembed 's/^#create_main_cluster = true/create_main_cluster = false/' "$CLUSTER_CONF"
+    apt_install "$@" || { as_root mv "$CLUSTER_CONF.autoembed" "$CLUSTER_CONF"; die "apt could not install: $*"; }
+    as_root mv "$CLUSTER_CONF.autoembed" "$CLUSTER_CONF"
+}
+
+installed() { [ -x "$(find_pg_config)" ] && use_postgres && [ -x "$BINDIR/postgres" ]; }
+has_plpython() { use_postgres && [ -f "$PKGLIBDIR/plpython3.so" ] && [ -f "$SHAREDIR/extension/plpython3u.control" ]; }
+has_venv() { "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null; }
+
+installed && has_plpython && has_venv && exit 0
+
+say "packages of the system: PostgreSQL, PL/Python, venv"
+as_root apt-get update -qq
+if [ -x "$(find_pg_config)" ]; then PG_CONFIG=$(find_pg_config); MAJOR=$(pg_major); else MAJOR=$(default_major); fi
+installed || install_server "postgresql-$MAJOR"
+has_plpython || apt_install "postgresql-plpython3-$MAJOR"
+has_venv || apt_install python3-venv
+{ installed && has_plpython && has_venv; } || die "PostgreSQL $MAJOR at ${BINDIR:-?} still lacks a server, PL/Python or venv"

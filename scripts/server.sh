@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# server.sh up|down|dsn|psql: the private server under .pg/. Its socket's directory is open to its own user (and root)
+# alone; TCP is for 127.0.0.1 and asks for the password in .pg/server/password.
+source "$(dirname "$0")/lib.sh"
+use_postgres
+
+STATE=$(state_dir)
+SERVER=$STATE/server
+DATABASE=autoembed
+cd "$STATE"
+
+pg_ctl() { as_server "$BINDIR/pg_ctl" -D "$SERVER/data" -s "$@"; }
+running() { [ -d "$SERVER/data" ] && pg_ctl status >/dev/null; }
+query() { as_server "$BINDIR/psql" -X -q -t -A -v ON_ERROR_STOP=1 "$(dsn "$1")" -c "$2"; }
+dsn() { echo "host=$SERVER/run port=$(cat "$SERVER/port") dbname=$1 user=postgres"; }
+
+# The port of last time if it is still free, else any.
+free_port() {
+    "$PYTHON" - "$(cat "$SERVER/port" 2>/dev/null || echo 0)" <<'PY'
+import socket, sys
+for port in (int(sys.argv[1]), 0):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        print(probe.getsockname()[1])
+        break
+PY
+}
+
+create() {
+    say "a private server in $SERVER"
+    if is_root; then install -d -o postgres -g postgres "$SERVER"; else mkdir -p "$SERVER"; fi
+    as_server mkdir -p -m 700 "$SERVER/run"
+    as_server sh -c "umask 077; head -c 18 /dev/urandom | base64 >'$SERVER/password'"
+    as_server "$BINDIR/initdb" -D "$SERVER/data" -U postgres --encoding=UTF8 --locale=C.UTF-8 --data-checksums \
+        --auth-local=trust --auth-host=scram-sha-256 --pwfile="$SERVER/password" >/dev/null
+    echo "include 'private.conf'" | as_server tee -a "$SERVER/data/postgresql.conf" >/dev/null
+}
+
+configuration() {
+    cat <<CONF
+listen_addresses = '127.0.0.1'
+port = $1
+unix_socket_directories = '$SERVER/run'
+shared_buffers = '256MB'
+maintenance_work_mem = '256MB'
+max_wal_size = '4GB'
+log_line_prefix = '%m [%p] %q%u@%d '
+CONF
+    [ ! -f "$PKGLIBDIR/pg_cron.so" ] || cat <<CONF
+shared_preload_libraries = 'pg_cron'
+cron.database_name = '$DATABASE'
+cron.use_background_workers = on
+max_worker_processes = 20
+CONF
+}
+
+start() {
+    local port
+    port=$(free_port)
+    echo "$port" | as_server tee "$SERVER/port" >/dev/null
+    configuration "$port" | as_server tee "$SERVER/data/private.conf" >/dev/null
+    pg_ctl -w -l "$SERVER/log" start || { tail -n 20 "$SERVER/log" >&2; die "the private server did not start"; }
+}
+
+create_extension() {
+    query postgres "create database $DATABASE"
+    query "$DATABASE" "set client_min_messages = warning; create extension pg_autoembed cascade"
+}
+
+extension_exists() { [ "$(query "$DATABASE" "select count(*) from pg_extension where extname = 'pg_autoembed'" 2>/dev/null)" = 1 ]; }
+
+up() {
+    [ -d "$SERVER/data" ] || create
+    running || start
+    extension_exists || create_extension
+}
+
+down() { if running; then pg_ctl -m fast stop; fi; }
+need_running() { running || die "the private server is not running: make up"; }
+
+case ${1:-} in
+    up) up ;;
+    down) down ;;
+    dsn) need_running; dsn "$DATABASE" ;;
+    psql) need_running; exec "$BINDIR/psql" "$(dsn "$DATABASE")" ;;
+    *) die "usage: server.sh up|down|dsn|psql" ;;
+esac

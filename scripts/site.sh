@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# The versioned site beside PostgreSQL's libraries: a venv with the pinned dependencies and the package `autoembed`.
+# Built as the invoking user (whose pip configuration and cache count), then moved into place as root.
+source "$(dirname "$0")/lib.sh"
+use_postgres
+
+TARGET=${DESTDIR:-}$SITE
+PIP_OPTIONS=(--quiet --disable-pip-version-check)
+! is_root || PIP_OPTIONS+=(--root-user-action=ignore)
+
+pip_in() { "$1/bin/python" -m pip "$2" "${PIP_OPTIONS[@]}" "${@:3}"; }
+
+check_python() {
+    local linked
+    linked=$(ldd "$PKGLIBDIR/plpython3.so" | sed -nE 's/.*libpython([0-9]+\.[0-9]+).*/\1/p' | head -n1)
+    [ "$linked" = "$(python_version)" ] ||
+        die "PL/Python is linked to Python $linked, but PYTHON=$PYTHON is $(python_version): set PYTHON to python$linked"
+}
+
+# The local version (+cpu) makes sure that no index, whichever answers, brings the CUDA build unasked.
+install_torch() {
+    pip_in "$1" install --no-deps "torch==$TORCH_VERSION" 2>/dev/null ||
+        pip_in "$1" install --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX"
+}
+
+install_dependencies() {
+    local stage
+    stage=$(state_dir)/site
+    say "Python dependencies into $TARGET (torch $TORCH_VERSION; a few minutes the first time)"
+    rm -rf "$stage"
+    "$PYTHON" -m venv "$stage"
+    install_torch "$stage"
+    requirements dependencies >"$stage/requirements.txt"
+    pip_in "$stage" install setuptools "torch==$TORCH_VERSION" -r "$stage/requirements.txt"
+    # Their first lines name the staging directory; nobody needs them.
+    find "$stage/bin" -type f -delete
+    echo "$1" >"$stage/dependencies.stamp"
+    as_root rm -rf "$TARGET"
+    as_root mkdir -p "$(dirname "$TARGET")"
+    as_root mv "$stage" "$TARGET"
+    as_root chown -R root:root "$TARGET"
+}
+
+# The wheel is built as the user, in a copy: a build by root leaves nothing behind in the checkout.
+install_package() {
+    WORK=$(mktemp -d)
+    trap 'rm -rf "$WORK"' EXIT
+    say "package autoembed $VERSION"
+    cp -r "$ROOT/pyproject.toml" "$ROOT/plpython" "$WORK"
+    pip_in "$TARGET" wheel --no-deps --no-build-isolation --wheel-dir "$WORK" "$WORK"
+    as_root "$TARGET/bin/python" -m pip install "${PIP_OPTIONS[@]}" --no-deps --no-index --force-reinstall "$WORK"/*.whl
+    echo "$1" | as_root tee "$TARGET/package.stamp" >/dev/null
+}
+
+package_stamp() { (cd "$ROOT" && find plpython pyproject.toml -name '*.py' -o -name '*.toml' -o -name py.typed | sort | xargs sha256sum | sha256sum); }
+
+check_python
+STAMP="python $(python_version), torch $TORCH_VERSION, $(requirements dependencies | tr '\n' ' ')"
+is_stamped "$TARGET/dependencies.stamp" "$STAMP" || install_dependencies "$STAMP"
+STAMP=$(package_stamp)
+is_stamped "$TARGET/package.stamp" "$STAMP" || install_package "$STAMP"

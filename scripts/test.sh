@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# test.sh [pytest's arguments]: the tests, never as root. What root's checkout holds is copied to where the postgres user
+# can read it. Without PYTEST_ARGS the coverage of the package, backends included, must be 90 % or more.
+source "$(dirname "$0")/lib.sh"
+use_postgres
+
+STATE=$(state_dir)
+WORK=$ROOT
+
+copy_for_server_user() {
+    WORK=$STATE/test
+    rm -rf "$WORK"
+    install -d -o postgres -g postgres "$WORK"
+    tar -C "$ROOT" --exclude=./.git --exclude=./.pg --exclude=./build --exclude=__pycache__ -cf - . | as_server tar -C "$WORK" -xf -
+}
+
+! is_root || copy_for_server_user
+cd "$WORK"
+COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini --cov-report=term:skip-covered)
+[ -n "${PYTEST_ARGS:-}" ] || COVERAGE+=(--cov-fail-under=90)
+# shellcheck disable=SC2086
+as_server env PG_CONFIG="$PG_CONFIG" AUTOEMBED_SITE="$SITE" PYTHONDONTWRITEBYTECODE=1 \
+    "$STATE/venv/bin/python" -m pytest "${COVERAGE[@]}" "$@" ${PYTEST_ARGS:-}
