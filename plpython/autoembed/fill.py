@@ -1,0 +1,341 @@
+"""Filling columns: which rows next, encode them while nothing is held, write them, let go.
+
+The rules are DESIGN.md's "How a batch is embedded". Everything about rows is behind `Database`; everything about
+vectors is behind `Encoder` and `batching`. This module holds their order, and what an error at each step means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from . import batching
+from .encoder import Encoder
+from .vectors import to_text
+
+WRITE_FAILURES = ("23", "P0001", "42501")
+"""SQLSTATEs, or their classes, of a write that a row's own constraint, trigger or policy refused."""
+TRY_AGAIN = ("40001", "40P01", "55P03")
+ATTEMPTS = 5
+PASSES = 3
+
+
+class DatabaseError(Protocol):
+    """What an error of the database shows: its SQLSTATE, and the constraint where there is one."""
+
+    sqlstate: str
+    constraint: str | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A declared column, as a call sees it."""
+
+    registration: int
+    label: str
+    model: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Keys that seem pending, and every lock that claiming them may take."""
+
+    keys: list[str]
+    locks: list[int]
+    cursor: str
+    inflight: int
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Rows that are this session's until they are released: keys, texts and the texts' hashes, in one order."""
+
+    generation: int
+    keys: list[str]
+    contents: list[str]
+    hashes: list[bytes]
+    lost: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that could not be embedded, and why; `message` never quotes its text."""
+
+    key: str
+    hash: bytes
+    kind: str
+    message: str
+
+
+@dataclass
+class Round:
+    """What one batch came to."""
+
+    written: list[str] = field(default_factory=list)
+    failed: list[Failed] = field(default_factory=list)
+    truncated: list[tuple[str, int]] = field(default_factory=list)
+    tokens: int = 0
+    claim_seconds: float = 0.0
+    encode_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
+class Database(Protocol):
+    """The rows' side: each method but the last three is one function of sql/70_protocol.sql."""
+
+    error: type[Exception]
+
+    def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None: ...
+    def next_suspect(self, column: Column, after: str | None) -> Candidates | None: ...
+    def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None: ...
+    def complete(
+        self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
+    ) -> list[str]: ...
+    def settle(self, column: Column, inflight: int, claim: Claim, result: Round, token_limit: int) -> None: ...
+    def forget(self, inflight: int) -> None: ...
+    def release(self, locks: list[int]) -> None: ...
+    def recover(self, column: Column) -> None: ...
+    def tidy(self, column: Column) -> None: ...
+    def sqlstate(self, error: Exception) -> str: ...
+    def constraint(self, error: Exception) -> str | None: ...
+    def check_interrupts(self) -> None: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+
+
+@dataclass
+class Totals:
+    """What a call came to; `skipped` rows were claimed and come again: changed, deleted or locked meanwhile."""
+
+    embedded: int = 0
+    failed: int = 0
+    skipped: int = 0
+    tokens: int = 0
+    truncated: int = 0
+
+
+@dataclass
+class Limits:
+    """Where a call ends; `seconds` counts from its making."""
+
+    rows: int | None = None
+    seconds: int | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def room(self, totals: Totals, batch: int) -> int:
+        """How many rows the next batch may have; 0 when the call is over."""
+        if self.seconds is not None and time.monotonic() - self.started >= self.seconds:
+            return 0
+        if self.rows is None:
+            return batch
+        return max(0, min(batch, self.rows - totals.embedded - totals.failed - totals.skipped))
+
+
+@dataclass
+class Filler:
+    """One column's fill within one call."""
+
+    database: Database
+    column: Column
+    encoder: Callable[[], Encoder]
+    totals: Totals
+    limits: Limits
+    batch: int
+    progress: Callable[[Column, Totals], None]
+
+    def run(self) -> None:
+        """Suspects first, alone; then all that is pending, in key order; again for rows that were taken or changed."""
+        self.database.recover(self.column)
+        self.database.commit()
+        self.fill_suspects()
+        for _ in range(PASSES):
+            missed = self.fill_once()
+            if not missed or not self.limits.room(self.totals, 1):
+                break
+        self.database.tidy(self.column)
+        self.database.commit()
+
+    def fill_suspects(self) -> None:
+        after: str | None = None
+        while self.limits.room(self.totals, 1):
+            suspect = self.database.next_suspect(self.column, after)
+            self.database.commit()
+            if suspect is None:
+                return
+            after = suspect.keys[0]
+            self.fill_batch(suspect, alone=True)
+
+    def fill_once(self) -> int:
+        """One pass from the first key to the last; how many rows it saw and left to others or to the next pass."""
+        after: str | None = None
+        missed = 0
+        before = self.totals.embedded
+        while room := self.limits.room(self.totals, self.batch):
+            found = self.database.candidates(self.column, after, room)
+            self.database.commit()
+            if found is None:
+                break
+            after = found.cursor
+            if found.keys:
+                missed += self.fill_batch(found, alone=False)
+        return missed if self.totals.embedded > before else 0
+
+    def fill_batch(self, found: Candidates, alone: bool) -> int:
+        """Claim, encode, write, release; how many of the rows are for later. Locks never outlive it."""
+        encoder = self.encoder()  # before the claim: a model that cannot be loaded holds nobody's rows
+        try:
+            return self.fly(found, encoder, alone)
+        except BaseException:
+            self.abandon(found)
+            raise
+
+    def fly(self, found: Candidates, encoder: Encoder, alone: bool) -> int:
+        result = Round()
+        started = time.monotonic()
+        claim = self.database.claim(self.column, found, alone)
+        self.database.commit()
+        result.claim_seconds = time.monotonic() - started
+        if claim is None or not claim.keys:
+            self.let_go(found)
+            return 0 if claim is None else claim.lost
+        started = time.monotonic()
+        outcomes = self.encode(encoder, claim.contents)
+        result.encode_seconds = time.monotonic() - started
+        self.write(found.inflight, claim, outcomes, result, encoder.model.max_tokens)
+        self.let_go(found)
+        self.count(result, claim)
+        return claim.lost + len(claim.keys) - len(result.written) - len(result.failed)
+
+    def encode(self, encoder: Encoder, contents: Sequence[str]) -> list[batching.Vector | batching.Failure]:
+        """Holds no snapshot, no transaction id and no row lock: the claim is committed."""
+        return batching.encode_all(
+            encoder, contents, prompt=encoder.model.prompts["document"], checkpoint=self.checkpoint
+        )
+
+    def checkpoint(self) -> None:
+        """Python does not see a cancel by itself; the commit gives the snapshot back."""
+        self.database.check_interrupts()
+        self.database.commit()
+
+    def write(
+        self,
+        inflight: int,
+        claim: Claim,
+        outcomes: Sequence[batching.Vector | batching.Failure],
+        result: Round,
+        token_limit: int,
+    ) -> None:
+        started = time.monotonic()
+        good: list[int] = []
+        texts: list[str] = []
+        for position, outcome in enumerate(outcomes):
+            if isinstance(outcome, batching.Vector):
+                good.append(position)
+                texts.append(to_text(outcome.values))
+                result.tokens += outcome.tokens
+                if outcome.truncated:
+                    result.truncated.append((claim.keys[position], outcome.tokens))
+            else:
+                result.failed.append(
+                    Failed(claim.keys[position], claim.hashes[position], outcome.kind, outcome.message)
+                )
+
+        def conclude() -> None:
+            result.write_seconds = time.monotonic() - started
+            self.database.settle(self.column, inflight, claim, result, token_limit)
+
+        self.write_rows(claim, good, texts, result, conclude)
+
+    def write_rows(
+        self, claim: Claim, rows: list[int], texts: list[str], result: Round, conclude: Callable[[], None] | None
+    ) -> None:
+        """Write in one statement; where a row's own constraint or trigger refuses, in halves until it stands alone.
+
+        A deferred constraint refuses at the commit, so each try ends with one. `conclude` writes the round's record
+        and belongs to the last of these transactions.
+        """
+        try:
+            written = self.write_once(claim, rows, texts, result, conclude)
+        except self.database.error as error:
+            self.database.rollback()
+            if not self.database.sqlstate(error).startswith(WRITE_FAILURES):
+                raise
+            if not rows:
+                raise  # not a row's doing: the record itself was refused
+            if len(rows) == 1:
+                key = claim.keys[rows[0]]
+                result.failed.append(Failed(key, claim.hashes[rows[0]], "write", self.reason(error)))
+                self.write_rows(claim, [], [], result, conclude)
+                return
+            half = len(rows) // 2
+            self.write_rows(claim, rows[:half], texts[:half], result, None)
+            self.write_rows(claim, rows[half:], texts[half:], result, conclude)
+        else:
+            if conclude is None:
+                result.written.extend(written)
+
+    def write_once(
+        self, claim: Claim, rows: list[int], texts: list[str], result: Round, conclude: Callable[[], None] | None
+    ) -> list[str]:
+        """One transaction, tried again where another one was in the way (40001, 40P01, 55P03)."""
+        for attempt in range(1, ATTEMPTS + 1):
+            before = len(result.written)
+            try:
+                written: list[str] = []
+                if rows:
+                    keys, hashes = [claim.keys[row] for row in rows], [claim.hashes[row] for row in rows]
+                    written = self.database.complete(self.column, claim.generation, keys, hashes, texts)
+                if conclude is not None:
+                    result.written.extend(written)
+                    conclude()
+                self.database.commit()
+                return written
+            except self.database.error as error:
+                del result.written[before:]
+                if self.database.sqlstate(error) not in TRY_AGAIN or attempt == ATTEMPTS:
+                    raise
+                self.database.rollback()
+        raise AssertionError("unreachable")
+
+    def reason(self, error: Exception) -> str:
+        """Never the error's own message: a trigger's may quote the row."""
+        state = self.database.sqlstate(error)
+        constraint = self.database.constraint(error)
+        if constraint:
+            return f"constraint {constraint} refused the vector ({state})"
+        if state == "42501":
+            return "row-level security refused the vector (42501)"
+        return f"a trigger or constraint of the table refused the vector ({state})"
+
+    def count(self, result: Round, claim: Claim) -> None:
+        totals = self.totals
+        totals.embedded += len(result.written)
+        totals.failed += len(result.failed)
+        totals.skipped += len(claim.keys) - len(result.written) - len(result.failed)
+        totals.tokens += result.tokens
+        totals.truncated += len(result.truncated)
+        self.progress(self.column, totals)
+
+    def let_go(self, found: Candidates) -> None:
+        self.database.release(found.locks)
+        self.database.commit()
+
+    def abandon(self, found: Candidates) -> None:
+        """After an error: nothing half-written, no inflight row, no lock left in a pooled session.
+
+        A second cancel can hit right here, so the cleaning is done again until it is through; what it interrupts is
+        already on its way to the user.
+        """
+        while True:
+            try:
+                self.database.rollback()
+                self.database.forget(found.inflight)
+                self.database.commit()
+                self.let_go(found)
+                return
+            except self.database.error as error:
+                if not self.database.sqlstate(error).startswith("57014"):
+                    raise

@@ -1,0 +1,420 @@
+"""The one module that meets PostgreSQL: it receives `plpy` and `GD`, and nothing else does.
+
+`start` puts a `Session` into GD; the PL/Python bodies in sql/ call its methods. Models stand in GD, once per session.
+Nothing about who may do what is kept here: GD survives SET ROLE.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from . import API_VERSION, __version__, batching, models, settings
+from .encoder import Encoder
+from .errors import AutoembedError
+from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
+from .vectors import to_text
+
+MAX_BATCH = 512
+FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
+
+
+def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
+    """Put the session into GD; refuse where the extension's SQL and this package do not fit."""
+    if api_version != API_VERSION:
+        plpy.error(
+            f"the extension expects version {api_version} of the Python package's interface, "
+            f"but package {__version__} has version {API_VERSION}",
+            sqlstate="55000",
+            hint="Install the package and the extension of one release, run ALTER EXTENSION pg_autoembed UPDATE, "
+            "and reconnect.",
+        )
+    gd["autoembed"] = Session(plpy, gd)
+
+
+class Session:
+    """The functions of the interface, as the PL/Python bodies call them."""
+
+    def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
+        self.plpy = plpy
+        self.models: dict[str, Encoder] = gd.setdefault("autoembed models", {})
+        self.database = SessionDatabase(plpy)
+
+    # --- embedding ---------------------------------------------------------------------------------------------
+
+    def embed_one(self, content: str | None, model: str | None, prompt: str | None) -> str | None:
+        return self.embed_many([content], model, prompt)[0]  # type: ignore[index]
+
+    def embed_many(
+        self, contents: list[str | None] | None, model: str | None, prompt: str | None
+    ) -> list[str | None] | None:
+        if contents is None:
+            return None
+        if any(isinstance(text, list) for text in contents):
+            self.fail("the array of texts has more than one dimension", "2202E", "Pass a one-dimensional array.")
+        texts = [text for text in contents if text is not None]
+        if not texts:
+            return [None] * len(contents)
+        encoder = self.guard(self.encoder, model)
+        outcomes = batching.encode_all(
+            encoder, texts, prompt=self.prompt(encoder, prompt), checkpoint=self.database.check_interrupts
+        )
+        vectors = iter([self.vector(outcome, position) for position, outcome in enumerate(outcomes, 1)])
+        return [None if text is None else next(vectors) for text in contents]
+
+    def vector(self, outcome: batching.Vector | batching.Failure, position: int) -> str:
+        if isinstance(outcome, batching.Failure):
+            state = "53200" if outcome.kind == "memory" else "38000"
+            self.fail(f"text {position} could not be embedded: {outcome.message}", state, None)
+        return to_text(outcome.values)
+
+    def prompt(self, encoder: Encoder, name: str | None) -> str:
+        known = encoder.model.prompts
+        if name is None:
+            name = encoder.model.default_prompt
+            return known[name] if name else ""
+        if name not in known:
+            self.fail(
+                f"model {encoder.model.name} has no prompt named {name}",
+                "22023",
+                f"Its prompts are: {', '.join(sorted(known))}.",
+            )
+        return known[name]
+
+    def encoder(self, name: str | None, fingerprint: str | None = None) -> Encoder:
+        """The loaded model of that name, loaded now if need be; again where its files have changed since."""
+        current = settings.read()
+        model = models.find(current, name)
+        loaded = self.models.get(model.name)
+        if loaded is None or loaded.model.fingerprint != model.fingerprint:
+            if loaded is not None:
+                self.models.pop(model.name).close()
+            loaded = self.models[model.name] = models.load(model, current)
+        return loaded
+
+    # --- filling -----------------------------------------------------------------------------------------------
+
+    def embed_pending(
+        self, batch: int | None, relation: str | None, max_rows: int | None, max_seconds: int | None
+    ) -> dict[str, int]:
+        started = time.monotonic()
+        self.check_arguments(batch, max_rows, max_seconds)
+        oid = None if relation is None else self.database.value("select autoembed.oid_of($1)", ["text"], [relation])
+        isolation = self.enter()
+        totals = Totals()
+        try:
+            self.fill_columns(batch or 0, oid, totals, Limits(max_rows, max_seconds))
+        finally:
+            self.leave(isolation)
+        if totals.embedded or totals.failed or totals.skipped:
+            self.log(totals, time.monotonic() - started)
+        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
+
+    def fill_columns(self, batch: int, oid: int | None, totals: Totals, limits: Limits) -> None:
+        columns = self.database.columns(oid)
+        self.database.commit()
+        report = Progress(self.plpy, self.database)
+        for column in columns:
+            if not limits.room(totals, 1):
+                return
+            Filler(
+                self.database, column, self.encoder_of(column), totals, limits, batch, progress=report
+            ).run()
+
+    def encoder_of(self, column: Column) -> Callable[[], Encoder]:
+        """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
+
+        def load() -> Encoder:
+            encoder = self.guard(self.encoder, column.model)
+            if encoder.model.fingerprint != column.fingerprint:
+                self.fail(
+                    f"model {column.model} is not the one that {column.label} was declared with",
+                    "55000",
+                    "Restore the model's files, or call embed_column_set(…, model => "
+                    f"'{column.model}'), which clears the column to fill it again.",
+                )
+            return encoder
+
+        return load
+
+    def check_arguments(self, batch: int | None, max_rows: int | None, max_seconds: int | None) -> None:
+        if batch is None or not 1 <= batch <= MAX_BATCH:
+            self.fail(f"batch is {'null' if batch is None else batch}", "22023", f"batch is 1 to {MAX_BATCH}.")
+        for name, value in (("max_rows", max_rows), ("max_seconds", max_seconds)):
+            if value is not None and value < 0:
+                self.fail(f"{name} is {value}", "22023", f"{name} is 0 or more, or null for no limit.")
+
+    def enter(self) -> str | None:
+        """Step 0: a bare commit, before anything is claimed; read committed from here on."""
+        if self.database.value("select pg_catalog.pg_is_in_recovery()"):
+            self.fail("embed_pending cannot fill a standby", "25006", "Run it on the primary.")
+        isolation = str(self.database.value("select pg_catalog.current_setting('default_transaction_isolation')"))
+        former = None if isolation == "read committed" else isolation
+        if former is not None:
+            self.set_isolation("read committed")
+        try:
+            self.database.commit()
+        except self.plpy.SPIError as error:
+            if error.sqlstate != "2D000":
+                raise
+            self.fail(
+                "embed_pending commits after each batch and cannot run inside a transaction block",
+                "2D000",
+                "Call it outside BEGIN, alone in its query string; psycopg needs autocommit=True.",
+            )
+        return former
+
+    def leave(self, isolation: str | None) -> None:
+        while isolation is not None:
+            try:
+                self.database.rollback()
+                self.set_isolation(isolation)
+                self.database.commit()
+                return
+            except self.plpy.SPIError as error:
+                if error.sqlstate != "57014":  # a cancel that comes now must not leave the setting behind
+                    raise
+
+    def set_isolation(self, level: str) -> None:
+        self.database.value(
+            "select pg_catalog.set_config('default_transaction_isolation', $1, false)", ["text"], [level]
+        )
+
+    def log(self, totals: Totals, seconds: float) -> None:
+        loaded = ", ".join(f"{name} on {encoder.device}" for name, encoder in self.models.items()) or "no model"
+        self.plpy.log(
+            f"autoembed: {totals.embedded} rows embedded, {totals.failed} failed, {totals.skipped} skipped, "
+            f"{totals.truncated} truncated in {seconds:.1f} s ({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {loaded}"
+        )
+
+    # --- immediate mode ----------------------------------------------------------------------------------------
+
+    def embed_rows(self, relation: int, target: str) -> None:
+        """A statement's new rows, in one pass. What a model or a missing right prevents stays pending."""
+        plan = self.database.row(
+            "select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target]
+        )
+        if plan is None:
+            return
+        try:
+            limit = settings.read().immediate_rows
+            with self.plpy.subtransaction():
+                rows = self.plpy.execute(plan["query"], limit + 1)
+                if 0 < len(rows) <= limit:
+                    self.embed_new(plan, rows)
+        except AutoembedError as error:
+            self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
+        except self.plpy.SPIError as error:
+            if error.sqlstate[:2] in ("57", "40", "53", "25"):
+                raise
+            self.plpy.warning(f"{plan['label']}: new rows stay pending (SQLSTATE {error.sqlstate})")
+
+    def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
+        encoder = self.encoder(plan["model"])
+        if encoder.model.fingerprint != plan["fingerprint"]:
+            self.plpy.warning(f"{plan['label']}: new rows stay pending: model {plan['model']} has changed on disk")
+            return
+        outcomes = batching.encode_all(
+            encoder,
+            [row["content"] for row in rows],
+            prompt=encoder.model.prompts["document"],
+            checkpoint=self.database.check_interrupts,
+        )
+        good = [(row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)]
+        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"])
+        self.database.complete(
+            column,
+            plan["generation"],
+            [row["key"] for row, _ in good],
+            [row["hash"] for row, _ in good],
+            [text for _, text in good],
+        )
+
+    # --- what the views show -----------------------------------------------------------------------------------
+
+    def model(self, name: str | None) -> dict[str, Any]:
+        found = self.guard(models.find, self.guard(settings.read), name)
+        return {
+            "name": found.name,
+            "dimensions": found.dimensions,
+            "max_tokens": found.max_tokens,
+            "fingerprint": found.fingerprint,
+        }
+
+    def list_models(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": entry.name,
+                "status": entry.status,
+                "dimensions": entry.dimensions,
+                "max_tokens": entry.max_tokens,
+                "architecture": entry.architecture,
+                "precision": entry.precision,
+                "fingerprint": entry.fingerprint,
+                "bytes": entry.bytes,
+                "note": entry.note,
+            }
+            for entry in models.catalog(self.guard(settings.read))
+        ]
+
+    def list_settings(self) -> list[tuple[str, str | None, str]]:
+        return settings.report()
+
+    # --- errors ------------------------------------------------------------------------------------------------
+
+    def guard(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The package's own errors become PostgreSQL's, with their SQLSTATE and hint."""
+        try:
+            return function(*arguments)
+        except AutoembedError as error:
+            self.fail(str(error), error.sqlstate, error.hint)
+
+    def fail(self, message: str, sqlstate: str, hint: str | None) -> NoReturn:
+        self.plpy.error(message, sqlstate=sqlstate, **({"hint": hint} if hint else {}))
+        raise AssertionError("plpy.error returned")
+
+
+class Progress:
+    """A NOTICE when a person would wonder: after a second, then every five."""
+
+    def __init__(self, plpy: Any, database: SessionDatabase) -> None:
+        self.plpy = plpy
+        self.database = database
+        self.started = time.monotonic()
+        self.due = FIRST_NOTICE
+
+    def __call__(self, column: Column, totals: Totals) -> None:
+        seconds = time.monotonic() - self.started
+        if seconds < self.due:
+            return
+        self.due = seconds + NOTICE_EVERY
+        left = int(self.database.value("select autoembed.pending_count($1)", ["int8"], [column.registration]))
+        self.database.commit()
+        rate = totals.embedded / seconds
+        more = "more than " if left > 100_000 else ""
+        message = f"{column.label}: {totals.embedded} rows embedded, {more}{left} to go, {rate:.1f} rows/s"
+        if rate > 0:
+            message += f", {clock(left / rate)} left"
+        if totals.failed:
+            message += f", {totals.failed} failed"
+        self.plpy.notice(message)
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class SessionDatabase:
+    """`fill.Database` over plpy. Plans are prepared once a session."""
+
+    def __init__(self, plpy: Any) -> None:
+        self.plpy = plpy
+        self.error: type[Exception] = plpy.SPIError
+        self.plans: dict[str, Any] = {}
+
+    def execute(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        plan = self.plans.get(query)
+        if plan is None:
+            plan = self.plans[query] = self.plpy.prepare(query, list(types))
+        return self.plpy.execute(plan, list(arguments))
+
+    def row(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        rows = self.execute(query, types, arguments)
+        return rows[0] if len(rows) else None
+
+    def value(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        row = self.row(query, types, arguments)
+        return next(iter(row.values()))
+
+    def columns(self, oid: int | None) -> list[Column]:
+        rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
+        return [
+            Column(row["registration"], row["label"], row["model"], row["fingerprint"]) for row in rows if row["enabled"]
+        ]
+
+    def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
+        row = self.row(
+            "select * from autoembed.candidates($1, $2, $3)", ["int8", "jsonb", "int4"], [column.registration, after, wanted]
+        )
+        return None if row is None else Candidates(row["keys"], row["locks"], row["cursor"], row["inflight"])
+
+    def next_suspect(self, column: Column, after: str | None) -> Candidates | None:
+        row = self.row(
+            "select * from autoembed.next_suspect($1, $2)", ["int8", "jsonb"], [column.registration, after]
+        )
+        return None if row is None else Candidates([row["key"]], row["locks"], row["key"], row["inflight"])
+
+    def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None:
+        row = self.row(
+            "select * from autoembed.claim($1, $2, $3, $4)",
+            ["int8", "int8", "jsonb[]", "bool"],
+            [column.registration, candidates.inflight, candidates.keys, alone],
+        )
+        if row is None:
+            return None
+        return Claim(row["generation"], row["keys"], row["contents"], row["hashes"], row["lost"])
+
+    def complete(
+        self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
+    ) -> list[str]:
+        written: list[str] = self.value(
+            "select autoembed.complete($1, $2, $3, $4, $5)",
+            ["int8", "int8", "jsonb[]", "bytea[]", "text[]"],
+            [column.registration, generation, keys, hashes, vectors],
+        )
+        return written
+
+    def settle(self, column: Column, inflight: int, claim: Claim, result: Round, token_limit: int) -> None:
+        self.execute(
+            "select autoembed.settle($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
+            ["int8", "int8", "jsonb[]", "jsonb[]", "jsonb[]", "bytea[]", "text[]", "text[]"]
+            + ["jsonb[]", "int4[]", "int4", "int8", "float8", "float8", "float8"],
+            [
+                column.registration,
+                inflight,
+                claim.keys,
+                result.written,
+                [failed.key for failed in result.failed],
+                [failed.hash for failed in result.failed],
+                [failed.kind for failed in result.failed],
+                [failed.message for failed in result.failed],
+                [key for key, _ in result.truncated],
+                [tokens for _, tokens in result.truncated],
+                token_limit,
+                result.tokens,
+                result.claim_seconds,
+                result.encode_seconds,
+                result.write_seconds,
+            ],
+        )
+
+    def forget(self, inflight: int) -> None:
+        self.execute("select autoembed.forget($1)", ["int8"], [inflight])
+
+    def release(self, locks: list[int]) -> None:
+        self.execute("select autoembed.release($1)", ["int8[]"], [locks])
+
+    def recover(self, column: Column) -> None:
+        self.execute("select autoembed.recover($1)", ["int8"], [column.registration])
+
+    def tidy(self, column: Column) -> None:
+        self.execute("select autoembed.tidy($1)", ["int8"], [column.registration])
+
+    def sqlstate(self, error: Exception) -> str:
+        return str(getattr(error, "sqlstate", "XX000"))
+
+    def constraint(self, error: Exception) -> str | None:
+        details = getattr(error, "spidata", None)
+        return details[-1] if details else None
+
+    def check_interrupts(self) -> None:
+        self.plpy.execute("select 1")
+
+    def commit(self) -> None:
+        self.plpy.commit()
+
+    def rollback(self) -> None:
+        self.plpy.rollback()

@@ -1,0 +1,7 @@
+-- complain when the script is read by psql instead of create extension
+\echo Use "create extension pg_autoembed cascade" to load this file. \quit
+
+-- The interface goes into the schema that the extension is installed in; state and inner functions live here.
+create schema autoembed;
+
+comment on schema autoembed is 'state and inner functions of pg_autoembed; the interface is in the schema of the extension';

@@ -1,0 +1,193 @@
+-- From a registration to the pieces of sql that serve its relation.
+--
+-- Two kinds of functions: those that read catalogs and state pin search_path or are bound when created (begin atomic).
+-- Those that read or write a user's table must not pin it: the table's own triggers and policies run inside them and
+-- expect the session's. So the pieces built here name every function, operator and type with its schema.
+
+create type autoembed.shape as (
+    registration bigint,
+    generation bigint,
+    relation oid,
+    name text,              -- schema-qualified and quoted
+    label text,             -- for messages: relation.target
+    target text,            -- quoted
+    type text,              -- of the target, schema-qualified
+    dimensions integer,
+    sources name[],
+    model text,
+    fingerprint text,
+    mode text,
+    enabled boolean,
+    content text,           -- expression over t: the text to embed
+    pending text,           -- condition over t: what the partial index holds
+    key_names name[],
+    key text,               -- expression over t: the row's key, a jsonb array
+    ordering text,          -- the partial index's order over t
+    matching text,          -- condition: row t is the one with key d.key
+    beyond text             -- condition: row t comes after the key $1
+);
+
+-- Text that is longer than this is taken as not blank by the partial index, so that an UPDATE of another column
+-- never has to fetch a long text from toast. What is really blank is found when the row is claimed.
+create function autoembed.not_blank(expression text) returns text
+language sql immutable
+begin atomic
+    select format(
+        '(pg_catalog.octet_length(%1$s) operator(pg_catalog.>) 256 or %1$s operator(pg_catalog.~) ''[^[:space:]]'')',
+        format('(%s)::pg_catalog.text collate pg_catalog."C"', expression));
+end;
+
+create function autoembed.pending_condition(prefix text, target name, sources name[]) returns text
+language sql immutable
+begin atomic
+    select format('%s%I is null and (%s)', prefix, target,
+        (select string_agg(autoembed.not_blank(prefix || quote_ident(s)), ' or ' order by n)
+         from unnest(sources) with ordinality as u (s, n)));
+end;
+
+create function autoembed.hash(content text) returns bytea
+language sql stable
+begin atomic
+    select pg_catalog.sha256(convert_to(content, 'UTF8'));
+end;
+
+-- the primary key, or the smallest unique key without nulls, expressions or a predicate
+create function autoembed.key_index(relation oid) returns oid
+language sql stable
+begin atomic
+    select i.indexrelid
+    from pg_catalog.pg_index i
+    where i.indrelid = relation and i.indisunique and i.indisvalid and i.indimmediate
+      and i.indpred is null and i.indexprs is null
+      and not exists (
+          select from pg_catalog.pg_attribute a
+          where a.attrelid = relation and not a.attnotnull
+            and a.attnum = any ((i.indkey::smallint[])[0 : i.indnkeyatts - 1]))
+    order by i.indisprimary desc, i.indnkeyatts, i.indexrelid
+    limit 1;
+end;
+
+-- the operator that a btree family uses for equality (3) or greater than (5), safe under any search_path
+create function autoembed.operator_of(family oid, type oid, strategy integer) returns text
+language sql stable
+begin atomic
+    select format('operator(%s.%s)', o.oprnamespace::pg_catalog.regnamespace, o.oprname)
+    from pg_catalog.pg_amop m
+    join pg_catalog.pg_operator o on o.oid = m.amopopr
+    where m.amopfamily = family and m.amoplefttype = type and m.amoprighttype = type and m.amopstrategy = strategy;
+end;
+
+-- with its schema, for statements under the session's search_path
+create function autoembed.type_name(type oid) returns text
+language sql stable
+begin atomic
+    select format('%s.%I', t.typnamespace::pg_catalog.regnamespace, t.typname) from pg_catalog.pg_type t where t.oid = type;
+end;
+
+create function autoembed.key_columns(
+    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text)
+returns setof record
+language sql stable
+begin atomic
+    select k.n - 1, a.attname, autoembed.type_name(a.atttypid),
+           autoembed.operator_of(opc.opcfamily, opc.opcintype, 3), autoembed.operator_of(opc.opcfamily, opc.opcintype, 5)
+    from pg_catalog.pg_index i
+    cross join lateral unnest((i.indkey::smallint[])[0 : i.indnkeyatts - 1], (i.indclass::oid[])[0 : i.indnkeyatts - 1])
+        with ordinality as k (attnum, class, n)
+    join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = k.attnum
+    join pg_catalog.pg_opclass opc on opc.oid = k.class
+    where i.indexrelid = autoembed.key_index(relation)
+    order by k.n;
+end;
+
+create function autoembed.column_name(relation oid, attnum smallint) returns name
+language sql stable
+begin atomic
+    select a.attname from pg_catalog.pg_attribute a
+    where a.attrelid = relation and a.attnum = column_name.attnum and not a.attisdropped;
+end;
+
+create function autoembed.column_names(relation oid, columns smallint[]) returns name[]
+language sql stable
+begin atomic
+    select array_agg(a.attname order by u.n)
+    from unnest(columns) with ordinality as u (attnum, n)
+    join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = u.attnum and not a.attisdropped;
+end;
+
+-- null where the registration, its relation, a column or the key is gone
+create function autoembed.shape_of(registration bigint) returns autoembed.shape
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    s autoembed.shape;
+    k record;
+begin
+    select * into r from autoembed.registration g where g.id = shape_of.registration;
+    select format('%I.%I', n.nspname, c.relname), format('%I', a.attname), autoembed.type_name(a.atttypid), a.atttypmod,
+           autoembed.column_names(r.relation, r.sources), format('%s.%I', c.oid::regclass, a.attname)
+    into s.name, s.target, s.type, s.dimensions, s.sources, s.label
+    from pg_class c
+    join pg_namespace n on n.oid = c.relnamespace
+    join pg_attribute a on a.attrelid = c.oid and a.attnum = r.target and not a.attisdropped
+    where c.oid = r.relation;
+
+    select array_agg(c.name order by c.position) as names,
+           format('pg_catalog.jsonb_build_array(%s)', string_agg(format('t.%I', c.name), ', ' order by c.position)) as key,
+           string_agg(format('t.%I', c.name), ', ' order by c.position) as columns,
+           string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type), ' and ' order by c.position) as matching,
+           string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', ' order by c.position) as bounds,
+           min(c.greater) as greater
+    into k
+    from autoembed.key_columns(r.relation) c;
+
+    if s.name is null or k.names is null or coalesce(cardinality(s.sources), 0) < cardinality(r.sources) then
+        return null;
+    end if;
+    s.registration := r.id;
+    s.generation := r.generation;
+    s.relation := r.relation;
+    s.model := r.model;
+    s.fingerprint := r.fingerprint;
+    s.mode := r.mode;
+    s.enabled := r.enabled;
+    s.content := case cardinality(s.sources)
+        when 1 then format('(t.%I)::pg_catalog.text', s.sources[1])
+        else format('pg_catalog.concat_ws(E''\n'', %s)', (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)
+                                               from unnest(s.sources) with ordinality as u (name, n))) end;
+    s.pending := autoembed.pending_condition('t.', autoembed.column_name(r.relation, r.target), s.sources);
+    s.key_names := k.names;
+    s.key := k.key;
+    s.ordering := format('(t.%s is null), %s', s.target, k.columns);
+    s.matching := k.matching;
+    s.beyond := case cardinality(k.names)
+        when 1 then format('%s %s %s', k.columns, k.greater, k.bounds)
+        else format('row(%s) operator(pg_catalog.>) row(%s)', k.columns, k.bounds) end;
+    return s;
+end
+$$;
+
+-- key array -> object with the columns' names of today, for people
+create function autoembed.key_object(relation oid, key jsonb) returns jsonb
+language sql stable
+begin atomic
+    select jsonb_object_agg(c.name, key -> c.position::integer) from autoembed.key_columns(relation) c;
+end;
+
+create function autoembed.find(relation regclass, target name) returns bigint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    found_id bigint;
+begin
+    select r.id into found_id
+    from autoembed.registration r
+    join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target and not a.attisdropped
+    where r.relation = find.relation and a.attname = find.target;
+    if found_id is null then
+        raise exception using errcode = 'undefined_object',
+            message = format('column %I of relation %s is not declared for embedding', target, relation),
+            hint = 'Declare it with embed_column(relation, source, target); the view embedding_columns lists what is declared.';
+    end if;
+    return found_id;
+end
+$$;

@@ -1,0 +1,67 @@
+-- Who fills what. A fill fires the table's triggers, constraints and index expressions with the caller's rights, and
+-- no SET ROLE or SECURITY DEFINER contains them: so a superuser fills only his own tables.
+
+-- whose state rows the current user reads and writes
+create function autoembed.owns(relation oid) returns boolean
+language sql stable
+begin atomic
+    select pg_has_role(c.relowner, 'usage') from pg_catalog.pg_class c where c.oid = relation;
+end;
+
+-- The bare check. Called again in each transaction of a fill, under the relation's lock.
+create function autoembed.authorize(relation oid) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    owner oid := (select c.relowner from pg_class c where c.oid = relation);
+    me oid := (select r.oid from pg_roles r where r.rolname = current_user);
+begin
+    if owner = me then
+        return;
+    end if;
+    if (select r.rolsuper from pg_roles r where r.oid = me) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('a superuser does not fill %s, which %s owns', relation::regclass, owner::regrole),
+            detail = 'Filling runs the triggers, constraints and index expressions of the table''s owner with the caller''s rights.',
+            hint = format('SET ROLE %s first.', owner::regrole);
+    end if;
+    if not (has_any_column_privilege(relation, 'update') and has_any_column_privilege(relation, 'select')) then
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('permission denied to fill %s', relation::regclass),
+            hint = 'The owner fills it, or a role with SELECT and UPDATE on it.';
+    end if;
+end
+$$;
+
+-- Lock the relation against changes of its registration (those take SHARE ROW EXCLUSIVE, as CREATE TRIGGER does) and
+-- check it again: between two transactions it may have been dropped, renamed, given away or swapped for another.
+create function autoembed.enter(registration bigint) returns autoembed.shape
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+begin
+    if s.relation is null then
+        return null;
+    end if;
+    begin
+        execute format('lock table %s in row exclusive mode', s.name);
+    exception when undefined_table or invalid_schema_name then
+        return null;
+    end;
+    s := autoembed.shape_of(registration);
+    if s.relation is null or to_regclass(s.name) is distinct from s.relation then
+        return null;
+    end if;
+    perform autoembed.authorize(s.relation);
+    return s;
+end
+$$;
+
+-- may the current user read every row of the relation, and fill it?
+create function autoembed.reads_all(registration bigint) returns boolean
+language sql stable
+begin atomic
+    select coalesce((
+        select has_table_privilege(r.relation, 'select') and has_any_column_privilege(r.relation, 'update')
+               and not row_security_active(r.relation)
+        from autoembed.registration r where r.id = reads_all.registration), false);
+end;

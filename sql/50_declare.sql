@@ -1,0 +1,276 @@
+-- Declaring, changing and dropping columns.
+
+create function autoembed.refuse(relation regclass, reason text, help text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    raise exception using errcode = 'object_not_in_prerequisite_state',
+        message = format('%s cannot have an embedding column: %s', relation, reason), hint = help;
+end
+$$;
+
+create function autoembed.check_relation(relation regclass) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    kind "char" := (select c.relkind from pg_class c where c.oid = relation);
+begin
+    if kind in ('v', 'm') then
+        perform autoembed.refuse(relation, 'it is a view', 'Declare the table beneath it.');
+    elsif kind = 'f' then
+        perform autoembed.refuse(relation, 'it is a foreign table', 'Declare the table where it is stored.');
+    elsif kind not in ('r', 'p') then
+        perform autoembed.refuse(relation, 'it is not a table', 'Name a table.');
+    elsif kind = 'r' and exists (select from pg_inherits i where i.inhparent = relation) then
+        perform autoembed.refuse(relation, 'other tables inherit from it', 'Declare each of them, or use partitioning.');
+    elsif exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
+                  where i.inhrelid = relation and c.relispartition) then
+        perform autoembed.refuse(relation, 'it is a partition', 'Declare the partitioned table.');
+    elsif exists (select from pg_class c where c.oid = relation and c.relpersistence = 't') then
+        perform autoembed.refuse(relation, 'it is a temporary table', 'Use embed() for texts of one session.');
+    elsif exists (select from pg_class c where c.oid = relation
+                  and (c.relnamespace::regnamespace::text in ('pg_catalog', 'information_schema', 'autoembed'))) then
+        perform autoembed.refuse(relation, 'it belongs to the system', 'Name a table of your own.');
+    elsif autoembed.key_index(relation) is null then
+        perform autoembed.refuse(relation, 'it has neither a primary key nor a unique key without nulls',
+            'Add one, for example: alter table … add column id bigint generated always as identity primary key.');
+    elsif (select count(*) > 1 and not bool_and(coalesce(k.greater, '') = 'operator(pg_catalog.>)')
+           from autoembed.key_columns(relation) k) or exists (
+           select from autoembed.key_columns(relation) k where k.equals is null or k.greater is null) then
+        perform autoembed.refuse(relation, 'its key has a type that cannot be ordered here', 'Use a key of built-in types.');
+    end if;
+end
+$$;
+
+-- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
+create function autoembed.is_text(type oid) returns boolean
+language sql stable
+begin atomic
+    with recursive base (oid) as (
+        select type
+        union all
+        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+    )
+    select exists (
+        select from base
+        where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
+           or exists (select from pg_catalog.pg_cast c
+                      where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
+end;
+
+create function autoembed.check_source(relation regclass, source name) returns smallint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    a pg_attribute;
+begin
+    select * into a from pg_attribute x where x.attrelid = relation and x.attname = source and x.attnum > 0 and not x.attisdropped;
+    if a.attnum is null then
+        raise exception using errcode = 'undefined_column',
+            message = format('relation %s has no column %I', relation, source),
+            hint = 'Name the column, or an array of columns, that holds the text.';
+    elsif not autoembed.is_text(a.atttypid) then
+        raise exception using errcode = 'datatype_mismatch',
+            message = format('source column %I of %s is of type %s', source, relation, format_type(a.atttypid, a.atttypmod)),
+            hint = 'A source column is of type text, varchar, char, citext or a domain over one of these.';
+    elsif a.attgenerated <> '' then
+        perform autoembed.refuse(relation, format('source column %I is generated', source),
+            'Name the columns that it is generated from: triggers cannot see a generated column change.');
+    end if;
+    return a.attnum;
+end
+$$;
+
+create function autoembed.check_target(relation regclass, target name, model text, dimensions integer) returns smallint
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    a pg_attribute;
+    found_type text;
+begin
+    select * into a from pg_attribute x where x.attrelid = relation and x.attname = target and x.attnum > 0 and not x.attisdropped;
+    found_type := format_type(a.atttypid, a.atttypmod);
+    if a.attnum is null then
+        raise exception using errcode = 'undefined_column',
+            message = format('relation %s has no column %I', relation, target),
+            hint = format('Add it: alter table %s add column %I vector(%s)', relation, target, coalesce(dimensions, 768));
+    elsif not exists (select from pg_type t join pg_depend d on d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
+                      join pg_extension e on e.oid = d.refobjid and e.extname = 'vector'
+                      where t.oid = a.atttypid and t.typname = 'vector') then
+        raise exception using errcode = 'datatype_mismatch',
+            message = format('target column %I of %s is of type %s, not vector', target, relation, found_type),
+            hint = format('Use a column of type vector(%s).', coalesce(dimensions, 768));
+    elsif a.atttypmod <> dimensions then
+        raise exception using errcode = 'datatype_mismatch',
+            message = format('target column %I of %s is %s, but model %s has %s dimensions', target, relation,
+                             case when a.atttypmod > 0 then found_type else 'a vector without dimensions' end, model, dimensions),
+            hint = format('alter table %s alter column %I type vector(%s), or name a model that fits.', relation, target, dimensions);
+    elsif a.attnotnull then
+        perform autoembed.refuse(relation, format('target column %I is NOT NULL', target),
+            format('A row waits for its vector with a null there: alter table %s alter column %I drop not null', relation, target));
+    elsif a.attgenerated <> '' then
+        perform autoembed.refuse(relation, format('target column %I is generated', target), 'Use a plain column.');
+    end if;
+    return a.attnum;
+end
+$$;
+
+create function embed_column(
+    relation regclass, source name[], target name default 'embedding', model text default null,
+    mode text default 'deferred', if_not_exists boolean default false)
+returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    m record;
+    sources smallint[];
+    target_number smallint;
+    id bigint;
+begin
+    if relation is null or source is null or cardinality(source) = 0 or array_position(source, null) is not null or target is null then
+        raise exception using errcode = 'null_value_not_allowed',
+            message = 'embed_column needs a relation, one source column or more, and a target column';
+    end if;
+    if (mode in ('deferred', 'immediate')) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
+    end if;
+    -- against a second declaration at the same time, and against writers that would miss the new triggers
+    execute format('lock table %s in share row exclusive mode', relation);
+    select g.id into id
+    from autoembed.registration g join pg_attribute a on a.attrelid = g.relation and a.attnum = g.target
+    where g.relation = embed_column.relation and a.attname = embed_column.target;
+    if id is not null then
+        if if_not_exists then
+            perform autoembed.install(id);
+            raise notice using message = format('column %I of %s is declared already, nothing changed', target, relation);
+            return;
+        end if;
+        raise exception using errcode = 'duplicate_object',
+            message = format('column %I of %s is declared already', target, relation),
+            hint = 'Change it with embed_column_set, drop it with embed_column_drop, or pass if_not_exists => true.';
+    end if;
+    perform autoembed.check_relation(relation);
+    select * into m from autoembed.model(embed_column.model);
+    sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n) order by n);
+    target_number := autoembed.check_target(relation, target, m.name, m.dimensions);
+
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode)
+    values (relation, target_number, sources, m.name, m.fingerprint, mode)
+    returning registration.id into id;
+    perform autoembed.install(id);
+    perform autoembed.say_existing(id);
+end
+$$;
+
+comment on function embed_column(regclass, name[], name, text, text, boolean) is
+    'declare a vector column: from now on it is filled from the source columns and kept current';
+
+create function embed_column(
+    relation regclass, source name, target name default 'embedding', model text default null,
+    mode text default 'deferred', if_not_exists boolean default false)
+returns void
+language sql volatile
+begin atomic
+    select embed_column(relation, array[source], target, model, mode, if_not_exists);
+end;
+
+-- Vectors that are there already are taken as the writer's word; say so, since they may be of another model.
+create function autoembed.say_existing(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    some boolean;
+begin
+    execute format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into some;
+    if some then
+        raise notice using message = format('%s has vectors already: they are kept as they are', s.label),
+            hint = format('If they are not of model %s: update %s set %s = null', s.model, s.name, s.target);
+    end if;
+end
+$$;
+
+create function embed_column_set(
+    relation regclass, target name, mode text default null, model text default null, enabled boolean default null)
+returns void
+language plpgsql volatile as $$
+begin
+    if autoembed.change(relation, target, mode, model, enabled) then
+        perform autoembed.clear(autoembed.find(relation, target));
+    end if;
+end
+$$;
+
+-- true where the model is another one now
+create function autoembed.change(relation regclass, target name, mode text, model text, enabled boolean) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    id bigint;
+    m record;
+    s autoembed.shape;
+    other boolean := false;
+begin
+    if (coalesce(mode, 'deferred') in ('deferred', 'immediate')) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
+    end if;
+    execute format('lock table %s in share row exclusive mode', relation);
+    id := autoembed.find(relation, target);
+    s := autoembed.shape_of(id);
+    update autoembed.registration r
+    set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled)
+    where r.id = change.id;
+    if not found then
+        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
+    end if;
+    if model is not null then
+        select * into m from autoembed.model(change.model);
+        perform autoembed.check_target(relation, target, m.name, m.dimensions);
+        if (m.name, m.fingerprint) is distinct from (s.model, s.fingerprint) then
+            update autoembed.registration r
+            set model = m.name, fingerprint = m.fingerprint, generation = r.generation + 1
+            where r.id = change.id;
+            delete from autoembed.failure f where f.registration = id;
+            delete from autoembed.truncation f where f.registration = id;
+            other := true;
+        end if;
+    end if;
+    perform autoembed.install(id);
+    return other;
+end
+$$;
+
+comment on function embed_column_set(regclass, name, text, text, boolean) is
+    'change mode or model, pause (enabled => false) or go on; a new model clears the column, since vectors of two models never mix';
+
+-- search_path stays the session's: the table's own triggers fire here
+create function autoembed.clear(registration bigint) returns void
+language plpgsql volatile as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    some boolean;
+    cleared bigint;
+begin
+    execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into some;
+    if not some then
+        return;
+    end if;
+    perform autoembed.authorize(s.relation);
+    execute pg_catalog.format('update %s t set %2$s = null where t.%2$s is not null', s.name, s.target);
+    get diagnostics cleared = row_count;
+    raise notice using message = pg_catalog.format('%s: %s vectors of the former model cleared, to be computed again', s.label, cleared);
+end
+$$;
+
+create function embed_column_drop(relation regclass, target name default 'embedding') returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+begin
+    execute format('lock table %s in share row exclusive mode', relation);
+    select * into r from autoembed.registration g where g.id = autoembed.find(relation, target);
+    delete from autoembed.registration g where g.id = r.id;
+    if not found then
+        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
+    end if;
+    perform autoembed.drop_triggers(r.relation, r.row_trigger, target);
+    perform autoembed.drop_pending_index(r.relation, r.target);
+end
+$$;
+
+comment on function embed_column_drop(regclass, name) is 'stop embedding a column: vectors stay; triggers, pending index and state go';

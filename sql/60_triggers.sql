@@ -1,0 +1,366 @@
+-- Triggers on users' tables, and the event triggers that keep them and the registrations together.
+
+-- Text changed: the vector goes, in the same write, unless the writer brought a new one. So no row ever carries
+-- another text's vector. The when-condition has compared the texts already.
+-- Arguments: target, model, fingerprint, mode, enabled, source, …: the whole registration (see 10_state.sql).
+create function autoembed.invalidate() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+declare
+    kept boolean;
+begin
+    -- fails where the column is missing: better than a stale vector
+    execute format('select record_image_eq(row(($1).%1$I), row(($2).%1$I)) and ($2).%1$I is not null', tg_argv[0])
+    into kept using old, new;
+    if kept then
+        new := jsonb_populate_record(new, jsonb_build_object(tg_argv[0], null));
+    end if;
+    return new;
+end
+$$;
+
+-- Immediate mode: the statement's new rows in one pass. Never makes the statement fail because a model did.
+create function autoembed.embed_rows() returns trigger
+language plpython3u as $$
+if "autoembed" not in GD: plpy.execute("select autoembed.start()")
+GD["autoembed"].embed_rows(int(TD["relid"]), TD["args"][0])
+$$;
+
+-- What embed_rows asks for: which registration, and the query over the transition table. Nothing where the writer may
+-- not write the vector, the column is paused, or the owner was never given embed_column.
+create function autoembed.immediate(
+    relation oid, target name, out registration bigint, out generation bigint, out model text, out fingerprint text,
+    out label text, out query text)
+returns setof record
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    s autoembed.shape;
+begin
+    select g.* into r
+    from autoembed.registration g
+    where g.relation = immediate.relation and autoembed.column_name(g.relation, g.target) = immediate.target
+      and g.enabled and g.mode = 'immediate';
+    s := autoembed.shape_of(r.id);
+    if s.relation is null
+        or not has_any_column_privilege(s.relation, 'select')
+        or not has_column_privilege(s.relation, r.target, 'update')
+        or not has_function_privilege((select c.relowner from pg_class c where c.oid = s.relation),
+                                      '@extschema@.embed_column(regclass, name[], name, text, text, boolean)', 'execute') then
+        return;
+    end if;
+    registration := s.registration;
+    generation := s.generation;
+    model := s.model;
+    fingerprint := s.fingerprint;
+    label := s.label;
+    query := format('select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
+                     where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
+                    s.key, s.content, s.pending);
+    return next;
+end
+$$;
+
+create function autoembed.trigger_arguments(registration bigint) returns text[]
+language sql stable
+begin atomic
+    select array[a.attname::text, r.model, r.fingerprint, r.mode, r.enabled::text]
+           || autoembed.column_names(r.relation, r.sources)::text[]
+    from autoembed.registration r
+    join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
+    where r.id = registration;
+end;
+
+-- tgargs holds the arguments as bytes, each ended by a zero
+create function autoembed.arguments_of(trigger oid) returns text[]
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    rest bytea := (select t.tgargs from pg_trigger t where t.oid = trigger);
+    arguments text[] := '{}';
+    size integer;
+begin
+    while length(rest) > 0 loop
+        size := position(decode('00', 'hex') in rest);
+        arguments := arguments || convert_from(substring(rest for size - 1), getdatabaseencoding());
+        rest := substring(rest from size + 1);
+    end loop;
+    return arguments;
+end
+$$;
+
+-- A trigger with a column list costs nothing when another column is updated; without one, it must compare the texts
+-- of each updated row, toasted or not. But a row trigger of the user's own may change the text behind the list's
+-- back: where there is one, on the table or a partition, ours has no list.
+create function autoembed.needs_every_update(relation oid) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from pg_catalog.pg_trigger t
+        where (t.tgrelid = relation or t.tgrelid in (select p.relid from pg_catalog.pg_partition_tree(relation) p))
+          and not t.tgisinternal and t.tgtype & 19 = 19  -- before, each row, update
+          and t.tgfoid <> 'autoembed.invalidate()'::regprocedure);
+end;
+
+create function autoembed.install(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    perform autoembed.install_row_trigger(registration);
+    perform autoembed.install_statement_triggers(registration);
+    perform autoembed.install_pending_index(registration);
+end
+$$;
+
+-- '~' sorts behind all letters, and triggers fire in the order of their names: ours sees what the others made
+create function autoembed.install_row_trigger(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    id oid := (select r.row_trigger from autoembed.registration r where r.id = registration);
+    trigger name := coalesce((select t.tgname from pg_trigger t where t.oid = id),
+                             autoembed.free_trigger_name(s.relation, '~autoembed_' || autoembed.target_name(registration)));
+begin
+    execute format(
+        'create or replace trigger %I before update %s on %s for each row when (%s) execute function autoembed.invalidate(%s)',
+        trigger,
+        case when not autoembed.needs_every_update(s.relation)
+            then 'of ' || (select string_agg(quote_ident(u), ', ') from unnest(s.sources) u) end,
+        s.name,
+        (select string_agg(format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u), ' or ')
+         from unnest(s.sources) u),
+        (select string_agg(quote_literal(u), ', ' order by n)
+         from unnest(autoembed.trigger_arguments(registration)) with ordinality as a (u, n)));
+    -- also where session_replication_role is replica: a subscriber's vectors go stale like anybody's
+    execute format('alter table %s enable always trigger %I', s.name, trigger);
+    execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, s.name);
+    update autoembed.registration r
+    set row_trigger = (select t.oid from pg_trigger t where t.tgrelid = s.relation and t.tgname = trigger)
+    where r.id = registration and r.row_trigger is null;
+end
+$$;
+
+create function autoembed.target_name(registration bigint) returns name
+language sql stable
+begin atomic
+    select autoembed.column_name(r.relation, r.target) from autoembed.registration r where r.id = registration;
+end;
+
+create function autoembed.free_trigger_name(relation oid, wanted text) returns name
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    candidate name := wanted;
+    n integer := 1;
+begin
+    while exists (select from pg_trigger t where t.tgrelid = relation and t.tgname = candidate) loop
+        n := n + 1;
+        candidate := left(wanted, 58) || n;
+    end loop;
+    return candidate;
+end
+$$;
+
+create function autoembed.statement_triggers(relation oid, target name) returns setof name
+language sql stable
+begin atomic
+    select t.tgname
+    from pg_catalog.pg_trigger t
+    where t.tgrelid = relation and t.tgfoid = 'autoembed.embed_rows()'::regprocedure
+      and (autoembed.arguments_of(t.oid))[1] = target::text;
+end;
+
+create function autoembed.install_statement_triggers(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    target name := autoembed.target_name(registration);
+    trigger name;
+    event text;
+begin
+    for trigger in select * from autoembed.statement_triggers(s.relation, target) loop
+        execute format('drop trigger %I on %s', trigger, s.name);
+    end loop;
+    if s.mode <> 'immediate' then
+        return;
+    end if;
+    foreach event in array array['insert', 'update'] loop
+        trigger := autoembed.free_trigger_name(s.relation, format('~autoembed_%s_%s', left(target, 45), event));
+        execute format(
+            'create trigger %I after %s on %s referencing new table as autoembed_new for each statement execute function autoembed.embed_rows(%L)',
+            trigger, event, s.name, target);
+        execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, s.name);
+    end loop;
+end
+$$;
+
+-- The pending rows in key order. Its first column is always true; it is there so that an order by it can be served by
+-- this index alone: with old statistics the planner would walk the primary key past all rows that are filled.
+create function autoembed.install_pending_index(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    target name := autoembed.target_name(registration);
+    place name := (select c.relnamespace::regnamespace from pg_class c where c.oid = s.relation);
+    table_name name := (select c.relname from pg_class c where c.oid = s.relation);
+    index name := left(table_name, 28) || '_' || left(target, 20) || '_pending';
+    n integer := 1;
+begin
+    if exists (select from autoembed.registration r, autoembed.pending_indexes(r.relation, r.target) where r.id = registration) then
+        return;
+    end if;
+    while to_regclass(format('%I.%I', place, index)) is not null loop
+        n := n + 1;
+        index := left(table_name, 28) || '_' || left(target, 20) || '_pending' || n;
+    end loop;
+    execute format('create index %I on %s ((%s is null), %s) where %s', index, s.name, s.target,
+                   (select string_agg(quote_ident(u), ', ' order by k.n) from unnest(s.key_names) with ordinality as k (u, n)),
+                   autoembed.pending_condition('', target, s.sources));
+    execute format('alter index %I.%I depends on extension pg_autoembed', place, index);
+end
+$$;
+
+create function autoembed.pending_indexes(relation oid, target smallint) returns setof oid
+language sql stable
+begin atomic
+    select i.indexrelid
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_depend x on x.classid = 'pg_class'::regclass and x.objid = i.indexrelid and x.deptype = 'x'
+    join pg_catalog.pg_extension e on e.oid = x.refobjid and e.extname = 'pg_autoembed'
+    where i.indrelid = relation and i.indpred is not null
+      and exists (select from pg_catalog.pg_depend c
+                  where c.classid = 'pg_class'::regclass and c.objid = i.indexrelid
+                    and c.refclassid = 'pg_class'::regclass and c.refobjid = relation and c.refobjsubid = target);
+end;
+
+create function autoembed.drop_triggers(relation oid, row_trigger oid, target name) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    trigger name;
+begin
+    for trigger in
+        select t.tgname from pg_trigger t where t.oid = row_trigger and t.tgrelid = relation
+        union all
+        select * from autoembed.statement_triggers(relation, target)
+    loop
+        execute format('drop trigger %I on %s', trigger, relation::regclass);
+    end loop;
+end
+$$;
+
+create function autoembed.drop_pending_index(relation oid, target smallint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    index oid;
+begin
+    for index in select * from autoembed.pending_indexes(relation, target) loop
+        execute format('drop index %s', index::regclass);
+    end loop;
+end
+$$;
+
+-- A row trigger without a registration: a table that was just restored brings its declaration along.
+create function autoembed.adopt(trigger oid) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    arguments text[] := autoembed.arguments_of(trigger);
+    relation oid := (select t.tgrelid from pg_trigger t where t.oid = trigger);
+    target smallint := (select a.attnum from pg_attribute a
+                        where a.attrelid = relation and a.attname = arguments[1] and not a.attisdropped);
+    sources smallint[] := array(
+        select a.attnum from unnest(arguments[6:]) with ordinality as u (name, n)
+        join pg_attribute a on a.attrelid = relation and a.attname = u.name and not a.attisdropped order by n);
+begin
+    if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 5
+        or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false') then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('a trigger on %s that calls autoembed.invalidate() has arguments that do not fit the table', relation::regclass),
+            hint = 'Declare columns with embed_column, which makes the trigger.';
+    end if;
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, row_trigger)
+    values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean, trigger)
+    on conflict do nothing;
+end
+$$;
+
+-- security definer: registrations must follow their tables whoever renames or restores them. Runs no user's code:
+-- it reads catalogs and makes triggers.
+create function autoembed.on_ddl() returns event_trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    trigger record;
+    id bigint;
+begin
+    for trigger in
+        select t.oid
+        from pg_event_trigger_ddl_commands() d
+        join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
+        where t.tgfoid = 'autoembed.invalidate()'::regprocedure and t.tgparentid = 0
+          and not exists (select from autoembed.registration r
+                          join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
+                          where r.relation = t.tgrelid and a.attname::text = (autoembed.arguments_of(t.oid))[1])
+    loop
+        perform autoembed.adopt(trigger.oid);
+    end loop;
+    for id in
+        select r.id
+        from autoembed.registration r
+        join pg_trigger t on t.oid = r.row_trigger
+        where exists (
+            select from pg_event_trigger_ddl_commands() d
+            left join pg_trigger g on d.classid = 'pg_trigger'::regclass and g.oid = d.objid
+            where coalesce(g.tgrelid, d.objid) = r.relation
+               or coalesce(g.tgrelid, d.objid) in (select p.relid from pg_partition_tree(r.relation) p))
+          and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments(r.id)
+               or t.tgattr::text <> '' and autoembed.needs_every_update(r.relation))
+    loop
+        perform autoembed.follow(id);
+    end loop;
+end
+$$;
+
+-- after a RENAME of a column, or a new trigger of the user's own: our triggers anew, from the registration
+create function autoembed.follow(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    former text;
+    trigger name;
+begin
+    select * into r from autoembed.registration g where g.id = registration;
+    former := (autoembed.arguments_of(r.row_trigger))[1];
+    perform autoembed.install_row_trigger(registration);
+    for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
+        execute format('drop trigger %I on %s', trigger, r.relation::regclass);
+    end loop;
+    perform autoembed.install_statement_triggers(registration);
+end
+$$;
+
+-- A table, a column or the trigger went: the registration goes too, and what is left of it on the table.
+create function autoembed.on_drop() returns event_trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    r record;
+    trigger name;
+begin
+    if not exists (select from pg_event_trigger_dropped_objects() d
+                   where d.object_type in ('table', 'table column', 'trigger')) then
+        return;
+    end if;
+    for r in
+        delete from autoembed.registration g
+        where not exists (select from pg_class c where c.oid = g.relation)
+           or autoembed.column_name(g.relation, g.target) is null
+           or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
+           or g.row_trigger is not null and not exists (select from pg_trigger t where t.oid = g.row_trigger)
+        returning g.*, (autoembed.arguments_of(g.row_trigger))[1] as target_name
+    loop
+        continue when not exists (select from pg_class c where c.oid = r.relation);
+        perform autoembed.drop_triggers(r.relation, r.row_trigger, coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
+        perform autoembed.drop_pending_index(r.relation, r.target);
+    end loop;
+end
+$$;
+
+create event trigger autoembed_on_ddl on ddl_command_end
+    when tag in ('CREATE TRIGGER', 'ALTER TABLE') execute function autoembed.on_ddl();
+alter event trigger autoembed_on_ddl enable always;
+create event trigger autoembed_on_drop on sql_drop execute function autoembed.on_drop();
+alter event trigger autoembed_on_drop enable always;

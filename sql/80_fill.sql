@@ -1,0 +1,37 @@
+-- Filling. A procedure that commits can be neither security definer nor carry a set clause.
+
+create procedure embed_pending(
+    batch integer default 32, relation regclass default null, max_rows bigint default null, max_seconds integer default null,
+    inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0)
+language plpython3u as $$
+if "autoembed" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed"].embed_pending(batch, relation, max_rows, max_seconds)
+$$;
+
+comment on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) is
+    'fill what is pending, a commit each batch: in the named relation, or in all that the caller owns';
+
+-- A regclass reaches Python as text that depends on search_path.
+create function autoembed.oid_of(relation text) returns oid
+language sql stable
+begin atomic
+    select relation::regclass::oid;
+end;
+
+create function embed_retry(relation regclass default null) returns bigint
+language sql volatile
+begin atomic
+    with again as (
+        delete from autoembed.failure f
+        using autoembed.registration r
+        where r.id = f.registration and autoembed.owns(r.relation) and (embed_retry.relation is null or r.relation = embed_retry.relation)
+        returning f.registration, f.key, f.hash, f.kind
+    ), alone as (  -- what crashed the server is tried again alone
+        insert into autoembed.suspect (registration, key, hash)
+        select a.registration, a.key, a.hash from again a where a.kind = 'crashed'
+        on conflict do nothing
+    )
+    select count(*) from again;
+end;
+
+comment on function embed_retry(regclass) is 'forget the failures, so that the next embed_pending tries those rows; how many';

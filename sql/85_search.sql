@@ -1,0 +1,151 @@
+-- The index, and the search that uses it.
+
+create function embed_index(
+    relation regclass, target name default 'embedding', m integer default 16, ef_construction integer default 64,
+    concurrently boolean default false)
+returns text
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
+    place text := (select e.extnamespace::regnamespace from pg_extension e where e.extname = 'vector');
+    table_name name := (select c.relname from pg_class c where c.oid = relation);
+    existing regclass;
+    statement text;
+begin
+    if (m between 2 and 100 and ef_construction between greatest(4, 2 * m) and 1000) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('m = %s with ef_construction = %s is not possible', m, ef_construction),
+            hint = 'm is 2 to 100; ef_construction is at least 2 * m and at most 1000.';
+    end if;
+    select i.indexrelid::regclass into existing
+    from pg_index i
+    join pg_class c on c.oid = i.indexrelid
+    join pg_am a on a.oid = c.relam and a.amname = 'hnsw'
+    join pg_opclass o on o.oid = i.indclass[0] and o.opcname = 'vector_cosine_ops'
+    join pg_attribute t on t.attrelid = i.indrelid and t.attnum = i.indkey[0] and t.attname = target
+    where i.indrelid = relation and i.indisvalid and i.indpred is null;
+    if existing is not null then
+        raise notice using message = format('%s is there already, nothing changed', existing);
+        return null;
+    end if;
+    statement := format('create index %s%I on %s using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)',
+                        case when concurrently then 'concurrently ' end,
+                        left(table_name, 30) || '_' || left(target, 25) || '_hnsw', s.name, s.target, place, m, ef_construction);
+    if not concurrently then
+        execute statement;
+    end if;
+    return statement;
+end
+$$;
+
+comment on function embed_index(regclass, name, integer, integer, boolean) is
+    'make the hnsw index (cosine); with concurrently => true only return the statement, to be run outside a transaction';
+
+-- Conditions from {"column": value}: equality; null is null; an array is any of its elements; a jsonb column contains the value.
+create function autoembed.filter_condition(relation regclass, filter jsonb) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    f record;
+    a pg_attribute;
+    conditions text[] := '{}';
+    value text;
+begin
+    if jsonb_typeof(filter) <> 'object' then
+        raise exception using errcode = 'invalid_parameter_value', message = 'the filter is not a JSON object',
+            hint = 'Write it as {"column": value, …}.';
+    end if;
+    for f in select e.key, e.value, jsonb_typeof(e.value) as type from jsonb_each(filter) e loop
+        select * into a from pg_attribute x
+        where x.attrelid = relation and x.attname = f.key and x.attnum > 0 and not x.attisdropped;
+        if a.attnum is null then
+            raise exception using errcode = 'undefined_column',
+                message = format('the filter names column %I, which relation %s does not have', f.key, relation);
+        end if;
+        value := format('($3 operator(pg_catalog.->>) %L)::%s', f.key, autoembed.type_name(a.atttypid));
+        conditions := conditions || case
+            when f.type = 'null' then format('t.%I is null', f.key)
+            when a.atttypid = 'jsonb'::regtype then format('t.%I operator(pg_catalog.@>) ($3 operator(pg_catalog.->) %L)', f.key, f.key)
+            when f.type = 'array' then format(
+                't.%I in (select e::%s from pg_catalog.jsonb_array_elements_text($3 operator(pg_catalog.->) %L) e)',
+                f.key, autoembed.type_name(a.atttypid), f.key)
+            when f.type = 'object' then 'null'
+            else format('t.%I = %s', f.key, value) end;
+        if f.type = 'object' and a.atttypid <> 'jsonb'::regtype then
+            raise exception using errcode = 'invalid_parameter_value',
+                message = format('the filter gives an object for column %I, which is not of type jsonb', f.key);
+        end if;
+    end loop;
+    return coalesce(array_to_string(conditions, ' and '), 'true');
+end
+$$;
+
+create function autoembed.search_statement(s autoembed.shape, filter jsonb) returns text
+language sql stable
+begin atomic
+    select format(
+        'select (%s), t.%s operator(%s.<=>) $1, %s from %s t where t.%2$s is not null %s order by t.%2$s operator(%3$s.<=>) $1 limit $2',
+        (select 'pg_catalog.jsonb_build_object(' || string_agg(format('%L, t.%I', u.name, u.name), ', ' order by u.n) || ')'
+         from unnest(s.key_names) with ordinality as u (name, n)),
+        s.target, (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),
+        s.content, s.name,
+        case when filter is not null and filter <> '{}' then 'and ' || autoembed.filter_condition(s.relation, filter) end);
+end;
+
+-- An index scan stops after hnsw.ef_search candidates: fewer than k, or filtered away, and rows would be missed in
+-- silence. Returns the former values, to be put back.
+create function autoembed.widen_search(k integer, filtered boolean) returns text[]
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    former text[] := array[current_setting('hnsw.ef_search', true), current_setting('hnsw.iterative_scan', true)];
+begin
+    perform set_config('hnsw.ef_search', greatest(former[1]::integer, least(1000, k + 20))::text, true) where former[1] is not null;
+    perform set_config('hnsw.iterative_scan', 'strict_order', true) where former[2] = 'off';
+    return former;
+end
+$$;
+
+create function autoembed.narrow_search(former text[]) returns void
+language sql volatile
+begin atomic
+    select set_config('hnsw.ef_search', former[1], true) where former[1] is not null;
+    select set_config('hnsw.iterative_scan', former[2], true) where former[2] is not null;
+end;
+
+-- The model on disk must still be the one that filled the column: distances between two models' vectors mean nothing.
+create function autoembed.check_model(s autoembed.shape) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    if (select m.fingerprint from autoembed.model(s.model) m) <> s.fingerprint then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('model %s is not the one that %s was filled with', s.model, s.label),
+            hint = format('Restore the model''s files, or call embed_column_set(…, model => %L), which clears the column to fill it again.', s.model);
+    end if;
+end
+$$;
+
+create function embed_search(
+    relation regclass, query text, k integer default 10, target name default 'embedding', filter jsonb default null,
+    out key jsonb, out distance double precision, out content text)
+returns setof record
+language plpgsql stable parallel restricted rows 10 as $$
+declare
+    s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
+    question vector;
+    former text[];
+begin
+    if (k between 1 and 1000) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = pg_catalog.format('k is %s', coalesce(k::text, 'null')), hint = 'k is 1 to 1000.';
+    elsif query is null then
+        raise exception using errcode = 'null_value_not_allowed', message = 'the query is null';
+    end if;
+    perform autoembed.check_model(s);
+    question := @extschema@.embed(query, s.model, 'query');
+    former := autoembed.widen_search(k, filter is not null);
+    return query execute autoembed.search_statement(s, filter) using question, k, filter;
+    perform autoembed.narrow_search(former);
+end
+$$;
+
+comment on function embed_search(regclass, text, integer, name, jsonb) is
+    'the k rows nearest to the query (cosine distance), nearest first; filter is {"column": value, …}';

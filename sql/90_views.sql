@@ -1,0 +1,167 @@
+-- What a person looks at. The views run with the reader's rights.
+
+create view embedding_models with (security_invoker = true) as
+select m.name, m.status, m.dimensions, m.max_tokens, m.architecture, m.precision, m.fingerprint, m.bytes, m.note
+from autoembed.models() m;
+
+create view embedding_settings with (security_invoker = true) as
+select s.name, s.value, s.source from autoembed.settings() s;
+
+create view embedding_columns with (security_invoker = true) as
+select r.relation::regclass as relation, autoembed.column_names(r.relation, r.sources) as source,
+       autoembed.column_name(r.relation, r.target) as target, r.model, r.mode, r.enabled,
+       a.atttypmod as dimensions, r.fingerprint,
+       case when not r.enabled then 'paused'
+            when autoembed.key_index(r.relation) is null then 'no key: the relation has lost its primary key'
+            when not exists (select from autoembed.pending_indexes(r.relation, r.target)) then 'no pending index: call embed_column with if_not_exists => true'
+            when m.name is null then 'model missing: add it with `autoembed model add`'
+            when m.status <> 'ready' then 'model ' || m.status
+            when m.fingerprint <> r.fingerprint then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
+            else 'ready' end as status
+from autoembed.registration r
+join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
+left join autoembed.models() m on m.name = r.model;
+
+-- Counts for one column. Tables of up to 100,000 rows are counted; of larger ones 1,000 random pages are, and only
+-- what is pending is exact, up to 100,000 rows, since the partial index holds just that.
+create function autoembed.counts(
+    registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+language plpgsql volatile as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    pages bigint;
+    share double precision;
+    indexed bigint;
+begin
+    select autoembed.page_count(s.relation), autoembed.row_estimate(s.relation) into pages, total;
+    exact := total operator(pg_catalog.<=) 100000::bigint;
+    share := case when exact then 100 else least(100, 100 * 1000.0 / greatest(pages, 1)) end;
+    execute pg_catalog.format(
+        'select pg_catalog.count(*), pg_catalog.count(t.%1$s), pg_catalog.count(*) filter (where %2$s and %3$s) from %4$s t %5$s',
+        s.target, s.pending, autoembed.has_text(s.content), s.name,
+        case when not exact then pg_catalog.format('tablesample system (%s)', share) end)
+    into total, embedded, pending;
+    blank := total - embedded - pending;
+    if not exact then
+        total := total * 100 / share;
+        embedded := embedded * 100 / share;
+        pending := pending * 100 / share;
+        blank := blank * 100 / share;
+        indexed := autoembed.indexed_count(s);
+        if indexed <= 100000 then
+            pending := indexed;
+        end if;
+    end if;
+end
+$$;
+
+create function autoembed.has_text(content text) returns text
+language sql immutable
+begin atomic
+    select format('%s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''', content);
+end;
+
+-- up to 100,001 entries of the partial index
+create function autoembed.indexed_count(s autoembed.shape) returns bigint
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
+declare
+    found bigint;
+begin
+    execute pg_catalog.format('select pg_catalog.count(*) from (select from %s t where %s order by %s limit 100001) c',
+                              s.name, s.pending, s.ordering) into found;
+    return found;
+end
+$$;
+
+create function autoembed.page_count(relation oid) returns bigint
+language sql volatile
+begin atomic
+    select coalesce(sum(pg_relation_size(l.oid)), 0)::bigint / current_setting('block_size')::bigint
+    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l;
+end;
+
+-- live rows as the statistics have them, or, where they know nothing yet, no more than fit the pages
+create function autoembed.row_estimate(relation oid) returns bigint
+language sql volatile
+begin atomic
+    select greatest(coalesce(sum(pg_stat_get_live_tuples(l.oid)), 0),
+                    coalesce(sum(c.reltuples), 0),
+                    case when autoembed.page_count(relation) > 20000 then 100001 else 0 end)::bigint
+    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
+    join pg_catalog.pg_class c on c.oid = l.oid;
+end;
+
+-- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp
+create function autoembed.oldest_pending(registration bigint) returns timestamptz
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
+declare
+    s autoembed.shape := autoembed.shape_of(registration);
+    oldest timestamptz;
+begin
+    if pg_catalog.current_setting('track_commit_timestamp') operator(pg_catalog.<>) 'on' then
+        return null;
+    end if;
+    execute pg_catalog.format(
+        'select pg_catalog.min(pg_catalog.pg_xact_commit_timestamp(c.xmin)) from (select t.xmin from %s t where %s order by %s limit 1000) c
+         where pg_catalog.age(c.xmin) operator(pg_catalog.<) 1000000000', s.name, s.pending, s.ordering) into oldest;
+    return oldest;
+end
+$$;
+
+-- rows a second over the last five minutes in which rows were embedded
+create function autoembed.rate(registration bigint) returns double precision
+language sql volatile
+begin atomic
+    select sum(u.embedded) / nullif(extract(epoch from clock_timestamp()
+               - min(u.finished - make_interval(secs => u.claim_seconds + u.encode_seconds + u.write_seconds))), 0)::double precision
+    from autoembed.run u
+    where u.registration = rate.registration and u.finished > clock_timestamp() - '5 minutes'::interval;
+end;
+
+create view embedding_progress with (security_invoker = true) as
+select r.relation::regclass as relation, autoembed.column_name(r.relation, r.target) as target,
+       c.total, c.embedded, greatest(c.pending - f.failed - f.waiting, 0) as pending, c.blank, f.failed, f.waiting, t.truncated,
+       p.rate as rows_per_second,
+       case when c.pending = 0 then '0'::interval
+            when p.rate > 0 then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
+       clock_timestamp() - autoembed.oldest_pending(r.id) as oldest_pending,
+       c.exact
+from autoembed.registration r
+cross join lateral autoembed.counts(r.id) c
+cross join lateral (select count(*) filter (where x.next_try is null) as failed,
+                           count(*) filter (where x.next_try is not null) as waiting
+                    from autoembed.failure x where x.registration = r.id) f
+cross join lateral (select count(*) as truncated from autoembed.truncation x where x.registration = r.id) t
+cross join lateral (select autoembed.rate(r.id) as rate) p
+where has_any_column_privilege(r.relation, 'select') and autoembed.key_index(r.relation) is not null;
+
+create view embedding_throughput with (security_invoker = true) as
+select date_trunc('minute', u.finished) as minute, r.relation::regclass as relation,
+       autoembed.column_name(r.relation, r.target) as target, u.model,
+       sum(u.embedded) as rows, sum(u.failed) as failed, sum(u.skipped) as skipped, sum(u.tokens)::bigint as tokens,
+       sum(u.embedded) / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0) as rows_per_second,
+       sum(u.tokens)::double precision / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0) as tokens_per_second,
+       sum(u.claim_seconds) as claim_seconds, sum(u.encode_seconds) as encode_seconds, sum(u.write_seconds) as write_seconds
+from autoembed.run u
+join autoembed.registration r on r.id = u.registration
+group by 1, 2, 3, 4
+order by 1 desc, 2, 3;
+
+create view embedding_failures with (security_invoker = true) as
+select r.relation::regclass as relation, autoembed.column_name(r.relation, r.target) as target,
+       autoembed.key_object(r.relation, f.key) as key, f.kind, f.message, f.attempts, f.last_try, f.next_try
+from autoembed.failure f
+join autoembed.registration r on r.id = f.registration;
+
+create view embedding_truncations with (security_invoker = true) as
+select r.relation::regclass as relation, autoembed.column_name(r.relation, r.target) as target,
+       autoembed.key_object(r.relation, t.key) as key, t.tokens, t.token_limit
+from autoembed.truncation t
+join autoembed.registration r on r.id = t.registration;
+
+-- for the progress of a call: what is in the partial index, held back or not; more than 100,000 is 100,001
+create function autoembed.pending_count(registration bigint) returns bigint
+language sql volatile
+begin atomic
+    select autoembed.indexed_count(autoembed.shape_of(registration));
+end;

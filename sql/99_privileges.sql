@@ -1,0 +1,46 @@
+-- Last: who may what. State rows are their relation's owner's: row-level security says so to every invoker.
+
+do $$
+declare
+    state name;
+begin
+    foreach state in array array['registration', 'run', 'failure', 'truncation', 'inflight', 'inflight_twin', 'suspect'] loop
+        execute format('alter table autoembed.%I enable row level security', state);
+        execute format('grant select, insert, update, delete on autoembed.%I to public', state);
+    end loop;
+    foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect'] loop
+        execute format(
+            'create policy owner on autoembed.%I using (registration in (
+                 select r.id from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
+                 where pg_catalog.pg_has_role(c.relowner, ''usage'')))', state);
+    end loop;
+end
+$$;
+
+grant usage on schema autoembed to public;
+grant usage on sequence autoembed.inflight_id_seq to public;
+
+-- what is declared is no secret, as a table's triggers are none
+create policy everyone on autoembed.registration for select using (true);
+create policy owner on autoembed.registration using (autoembed.owns(relation)) with check (autoembed.owns(relation));
+create policy owner on autoembed.inflight_twin using (id in (select i.id from autoembed.inflight i));
+
+-- A role that may fill without owning must see what is held back, or it would try what crashed the server again and
+-- again; but no more rows than it can read in the table anyway.
+create policy filler on autoembed.failure for select using (autoembed.reads_all(registration));
+create policy filler on autoembed.suspect for select using (autoembed.reads_all(registration));
+
+-- These run a model: by GRANT only. The README has a recipe for each kind of user.
+revoke all on function
+    embed(text, text, text), embed(text[], text, text),
+    embed_search(regclass, text, integer, name, jsonb),
+    embed_column(regclass, name[], name, text, text, boolean), embed_column(regclass, name, name, text, text, boolean),
+    embed_column_set(regclass, name, text, text, boolean), embed_column_drop(regclass, name),
+    embed_index(regclass, name, integer, integer, boolean), embed_retry(regclass)
+    from public;
+revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) from public;
+
+grant select on
+    embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput, embedding_failures,
+    embedding_truncations
+    to public;
