@@ -1,0 +1,174 @@
+"""Texts to vectors: cut into micro-batches by tokens, split around what fails, every vector checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from autoembed import vectors
+from autoembed.errors import EncoderBroken, OutOfMemory
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from autoembed.encoder import Encoded, Encoder
+
+# A cancel acts between micro-batches; the second that it may take leaves room for a slow one.
+MICRO_BATCH_SECONDS = 0.4
+FIRST_MICRO_BATCH_TOKENS = 512
+PLAIN_WORD = "word"
+MEMORY_WORDS = ("out of memory", "allocate memory")
+
+
+@dataclass
+class Vector:
+    values: NDArray[np.float32]
+    tokens: int
+    truncated: bool
+
+
+@dataclass
+class Failure:
+    """Why a text has no vector: kind is 'encoder', 'vector' or 'memory'; the message never quotes the text."""
+
+    kind: str
+    message: str
+
+
+Outcome = Vector | Failure
+T = TypeVar("T")
+
+
+def encode_all(
+    encoder: Encoder,
+    texts: Sequence[str],
+    *,
+    prompt: str,
+    checkpoint: Callable[[], None],
+    token_budget: int | None = None,
+) -> list[Outcome]:
+    """A vector or a failure for each text, in order.
+
+    `checkpoint` runs before every micro-batch and outside every try block: what it raises passes untouched.
+    """
+    batch = _Batch(encoder, texts, prompt, checkpoint, token_budget or encoder.token_budget)
+    batch.run()
+    return [batch.outcomes[index] for index in range(len(texts))]
+
+
+class _Pace:
+    """How many padded tokens the next micro-batch may have, from how long the last ones took."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.allowed = min(budget, FIRST_MICRO_BATCH_TOKENS)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        affordable = int(tokens * MICRO_BATCH_SECONDS / max(seconds, 1e-6))
+        self.allowed = max(1, min(self.budget, affordable))
+
+    def ran_out_of_memory(self, tokens: int) -> None:
+        self.budget = max(1, min(self.budget, tokens // 2))
+        self.allowed = min(self.allowed, self.budget)
+
+
+class _Batch:
+    def __init__(
+        self, encoder: Encoder, texts: Sequence[str], prompt: str, checkpoint: Callable[[], None], budget: int
+    ) -> None:
+        self.encoder = encoder
+        self.texts = texts
+        self.prompt = prompt
+        self.checkpoint = checkpoint
+        self.pace = _Pace(budget)
+        self.lengths: dict[int, int] = {}
+        self.outcomes: dict[int, Outcome] = {}
+
+    def run(self) -> None:
+        self._count(range(len(self.texts)))
+        waiting = sorted(self.lengths, key=self.lengths.__getitem__)
+        while waiting:
+            size = self._fitting(waiting)
+            self._encode(waiting[:size])
+            del waiting[:size]
+
+    def _count(self, indexes: Sequence[int]) -> None:
+        """Lengths as the model will see them; a text that the tokenizer chokes on is found by halving."""
+        for part in self._succeeding(indexes, self._count_part):
+            self.lengths.update(part)
+
+    def _count_part(self, indexes: Sequence[int]) -> dict[int, int]:
+        counts = self.encoder.count([self.prompt + self.texts[index] for index in indexes])
+        limit = self.encoder.model.max_tokens
+        return {index: min(count, limit) for index, count in zip(indexes, counts, strict=True)}
+
+    def _fitting(self, waiting: Sequence[int]) -> int:
+        """How many of the shortest waiting texts make the next micro-batch; padding counts."""
+        size = 1
+        most = min(self.encoder.max_texts, len(waiting))
+        while size < most and (size + 1) * self.lengths[waiting[size]] <= self.pace.allowed:
+            size += 1
+        return size
+
+    def _encode(self, indexes: Sequence[int]) -> None:
+        for part in self._succeeding(indexes, self._encode_part):
+            self.outcomes.update(part)
+
+    def _encode_part(self, indexes: Sequence[int]) -> dict[int, Outcome]:
+        start = time.monotonic()
+        encoded = self.encoder.encode([self.texts[index] for index in indexes], self.prompt)
+        self.pace.took(self._padded(indexes), time.monotonic() - start)
+        return {index: self._checked(encoded, row) for row, index in enumerate(indexes)}
+
+    def _padded(self, indexes: Sequence[int]) -> int:
+        return len(indexes) * max(self.lengths.get(index, 1) for index in indexes)
+
+    def _checked(self, encoded: Encoded, row: int) -> Outcome:
+        values = encoded.vectors[row]
+        if problem := vectors.problem(values, self.encoder.model):
+            return Failure("vector", problem)
+        return Vector(values, encoded.tokens[row], encoded.truncated[row])
+
+    def _succeeding(
+        self, indexes: Sequence[int], work: Callable[[Sequence[int]], dict[int, T]]
+    ) -> Iterator[dict[int, T]]:
+        """Work on all, or on halves of what fails; a text that fails alone gets its failure."""
+        stack = [indexes] if indexes else []
+        while stack:
+            part = stack.pop()
+            self.checkpoint()
+            try:
+                done = work(part)
+            except Exception as error:  # noqa: BLE001 -- no query runs in here, so this can be no cancel
+                failed = error
+            else:
+                yield done
+                continue
+            if _is_out_of_memory(failed):
+                self.pace.ran_out_of_memory(self._padded(part))
+            if len(part) == 1:
+                self.outcomes[part[0]] = self._failure(failed)
+            else:
+                middle = len(part) // 2
+                stack += [part[middle:], part[:middle]]
+
+    def _failure(self, error: Exception) -> Failure:
+        """The text's failure, once a plain word shows that the encoder itself still works."""
+        self.checkpoint()
+        try:
+            self.encoder.encode([PLAIN_WORD])
+        except Exception as broken:  # noqa: BLE001 -- as above
+            kind = OutOfMemory if _is_out_of_memory(broken) else EncoderBroken
+            raise kind(name=self.encoder.model.name, reason=type(broken).__name__) from None
+        if _is_out_of_memory(error):
+            return Failure("memory", "there is not enough memory to encode this text")
+        return Failure("encoder", f"the encoder raised {type(error).__name__}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -1,0 +1,254 @@
+"""The model directory: finding, listing, verifying and loading registered models.
+
+Finding reads a manifest, never weights: no numpy, torch or sentence_transformers before `load`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autoembed import manifest as manifests
+from autoembed.errors import (
+    AutoembedError,
+    BrokenModel,
+    ChangedModel,
+    InvalidName,
+    OutOfMemory,
+    UnknownModel,
+    UnreadableModel,
+    WrongDimensions,
+)
+from autoembed.manifest import BadManifest, File, Manifest, Stamp
+from autoembed.settings import DEFAULT_MODEL, Settings
+
+if TYPE_CHECKING:
+    from autoembed.encoder import Encoder
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Model:
+    """A registered model as the settings make it; `default_prompt` names one of `prompts`."""
+
+    name: str
+    path: Path
+    dimensions: int
+    max_tokens: int
+    fingerprint: str
+    architecture: str
+    precision: str
+    normalizes: bool
+    prompts: Mapping[str, str]
+    default_prompt: str | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One folder of the model directory; status is 'ready', 'unregistered' or 'broken: why'."""
+
+    name: str
+    status: str
+    dimensions: int | None = None
+    max_tokens: int | None = None
+    architecture: str | None = None
+    precision: str | None = None
+    fingerprint: str | None = None
+    bytes: int | None = None
+    note: str | None = None
+
+
+def check_name(name: str) -> str:
+    if NAME.fullmatch(name):
+        return name
+    last = name.rstrip("/").rsplit("/", 1)[-1]
+    if last != name and NAME.fullmatch(last):
+        raise InvalidName(name=name, hint=f'SQL names a model, never a path. Did you mean "{last}"?')
+    raise InvalidName(name=name)
+
+
+def find(settings: Settings, name: str | None = None) -> Model:
+    """The model of this name, or the default one."""
+    name = check_name(name) if name is not None else default_name(settings)
+    folder = settings.model_dir / name
+    manifest = _manifest(folder, name, settings.model_dir)
+    _check_presence(folder, manifest, name)
+    model = _model(folder, manifest, settings)
+    if settings.dimensions not in (None, model.dimensions):
+        raise WrongDimensions(name=name, expected=settings.dimensions, actual=model.dimensions)
+    return model
+
+
+def default_name(settings: Settings) -> str:
+    """EMBEDDING_MODEL_NAME; unset, the only model that is there."""
+    if settings.model_name is not None:
+        return check_name(settings.model_name)
+    names = registered(settings.model_dir)
+    return names[0] if len(names) == 1 else DEFAULT_MODEL
+
+
+def registered(directory: Path) -> list[str]:
+    return [folder.name for folder in _folders(directory) if (folder / manifests.FILE).is_file()]
+
+
+def catalog(settings: Settings) -> list[Entry]:
+    return [_entry(folder, settings) for folder in _folders(settings.model_dir)]
+
+
+def verify(model: Model) -> None:
+    """Hash every file against the manifest; then renew the stamps where the manifest can be written."""
+    manifest = _manifest(model.path, model.name, model.path.parent)
+    _check_strangers(model.path, manifest, model.name)
+    found = _describe(model.path, manifest, model.name)
+    for name, file in found.items():
+        if file.sha256 != manifest.files[name].sha256:
+            raise ChangedModel(name=model.name, file=name, change="has another SHA-256")
+    if found != manifest.files:
+        _renew(model.path, dataclasses.replace(manifest, files=found))
+
+
+def check_files(model: Model) -> None:
+    """As `verify`, but a file whose stamp is still the recorded one is taken as unchanged."""
+    manifest = _manifest(model.path, model.name, model.path.parent)
+    _check_strangers(model.path, manifest, model.name)
+    for name, file in manifest.files.items():
+        if not _unchanged(model.path / name, file):
+            raise ChangedModel(name=model.name, file=name, change="is missing or has another SHA-256")
+
+
+def load(model: Model, settings: Settings) -> Encoder:
+    """Check the files, then load the weights: seconds, and hundreds of megabytes."""
+    if settings.max_memory_mb is not None and model.bytes > settings.max_memory_mb * MEGABYTE:
+        needs = (
+            f"its weights take {model.bytes // MEGABYTE} MB, and EMBEDDING_MAX_MEMORY_MB is {settings.max_memory_mb}"
+        )
+        raise OutOfMemory(name=model.name, reason=needs)
+    check_files(model)
+    from autoembed.st_encoder import StEncoder
+
+    return StEncoder.load(model, settings)
+
+
+def _folders(directory: Path) -> Iterator[Path]:
+    """Folders that can be models, by name; the hidden ones are additions under way."""
+    try:
+        found = sorted(folder for folder in directory.iterdir() if not folder.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UnreadableModel(path=directory, reason=error.strerror) from None
+    yield from (folder for folder in found if folder.is_dir())
+
+
+def _manifest(folder: Path, name: str, directory: Path) -> Manifest:
+    try:
+        return manifests.read(folder)
+    except FileNotFoundError:
+        if folder.is_dir():
+            raise BrokenModel(name=name, reason="it was not added", hint=_add_hint(folder)) from None
+        raise UnknownModel(name=name, directory=directory, hint=_choice(directory)) from None
+    except BadManifest as problem:
+        raise BrokenModel(name=name, reason=problem) from None
+    except OSError as error:
+        raise UnreadableModel(path=folder, reason=error.strerror) from None
+
+
+def _add_hint(folder: Path) -> str:
+    return f"A folder becomes a model by `python -m autoembed model add {folder} --name ANOTHER_NAME`."
+
+
+def _choice(directory: Path) -> str:
+    add = "`python -m autoembed model add PATH` or `model pull NAME`"
+    names = registered(directory)
+    return f"There are: {', '.join(names)}. Others come by {add}." if names else f"There is none yet. Add one by {add}."
+
+
+def _model(folder: Path, manifest: Manifest, settings: Settings) -> Model:
+    wanted = settings.max_seq_length or manifest.max_tokens
+    max_tokens = min(wanted, manifest.position_limit)
+    return Model(
+        name=folder.name,
+        path=folder,
+        dimensions=manifest.dimensions,
+        max_tokens=max_tokens,
+        fingerprint=manifest.fingerprint(max_tokens),
+        architecture=manifest.architecture,
+        precision=manifest.precision,
+        normalizes=manifest.normalizes,
+        prompts=manifest.prompts,
+        default_prompt=manifest.default_prompt,
+        bytes=manifest.weights,
+    )
+
+
+def _entry(folder: Path, settings: Settings) -> Entry:
+    if not NAME.fullmatch(folder.name):
+        return Entry(folder.name, "broken: not a model's name")
+    if not (folder / manifests.FILE).is_file():
+        return Entry(folder.name, "unregistered", note="`python -m autoembed model add` registers it")
+    try:
+        manifest = _manifest(folder, folder.name, settings.model_dir)
+        model = _model(folder, manifest, settings)
+        status = _status(folder, manifest)
+    except AutoembedError as error:
+        return Entry(folder.name, f"broken: {error}")
+    return Entry(
+        name=model.name,
+        status=status,
+        dimensions=model.dimensions,
+        max_tokens=model.max_tokens,
+        architecture=model.architecture,
+        precision=model.precision,
+        fingerprint=model.fingerprint,
+        bytes=model.bytes,
+        note="; ".join(["served by sentence-transformers", *manifest.converted, *manifest.assumed]),
+    )
+
+
+def _status(folder: Path, manifest: Manifest) -> str:
+    """What a look at the files' sizes can tell; hashes are for `verify`."""
+    _check_presence(folder, manifest, folder.name)
+    _check_strangers(folder, manifest, folder.name)
+    for name, file in manifest.files.items():
+        if (folder / name).stat().st_size != file.stamp.size:
+            return f"broken: {name} has another size"
+    return "ready"
+
+
+def _check_presence(folder: Path, manifest: Manifest, name: str) -> None:
+    for file in manifest.files:
+        if not (folder / file).is_file():
+            raise BrokenModel(name=name, reason=f"{file} is missing")
+
+
+def _check_strangers(folder: Path, manifest: Manifest, name: str) -> None:
+    """A file too many changes a model as well: adapters and other weights are picked up by their mere presence."""
+    for file in manifests.paths(folder):
+        if file not in manifest.files:
+            raise ChangedModel(name=name, file=file, change="was not there")
+
+
+def _describe(folder: Path, manifest: Manifest, name: str) -> dict[str, File]:
+    _check_presence(folder, manifest, name)
+    return manifests.describe(folder, manifest.files)
+
+
+def _unchanged(path: Path, file: File) -> bool:
+    try:
+        return Stamp.of(path) == file.stamp or manifests.sha256(path) == file.sha256
+    except OSError:
+        return False
+
+
+def _renew(folder: Path, manifest: Manifest) -> None:
+    try:
+        manifests.write(folder, manifest)
+    except OSError:
+        return  # a reader without the right to write: the next load hashes again

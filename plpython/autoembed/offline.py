@@ -1,0 +1,31 @@
+"""The one bootstrap of the libraries behind an encoder: offline, silent, and without threads of their own."""
+
+import os
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
+
+
+def prepare() -> None:
+    """Call this before transformers or sentence_transformers is imported: both read the environment only then."""
+    os.environ.update(ENVIRONMENT)
+    import tqdm
+
+    tqdm.tqdm.monitor_interval = 0  # else the first progress bar, even a disabled one, starts a thread
+    import huggingface_hub.constants
+    from transformers.utils import logging
+
+    # `model pull` has imported the hub's client online before.
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

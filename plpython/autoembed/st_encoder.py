@@ -1,0 +1,119 @@
+"""sentence-transformers behind the encoder's protocol."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autoembed import offline
+from autoembed.device import resolve
+from autoembed.encoder import Encoded
+from autoembed.errors import BrokenModel, InvalidSetting, MissingPackage, OutOfMemory
+
+if TYPE_CHECKING:
+    from autoembed.models import Model
+    from autoembed.settings import Settings
+
+PRECISION = "float32"
+
+# (texts, padded tokens) of one micro-batch. On a CPU padding and big temporaries cost more than small batches do.
+CPU_BATCH = (8, 2048)
+GPU_BATCH = (128, 32768)
+
+
+def open_folder(folder: Path, device: str) -> Any:
+    """A SentenceTransformer from local files: float32, safetensors only, none of the model's own code."""
+    try:
+        offline.prepare()
+        import torch
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError as error:
+        raise MissingPackage(package=error.name, purpose="the encoder") from None
+    return SentenceTransformer(
+        str(folder),
+        device=device,
+        trust_remote_code=False,
+        local_files_only=True,
+        token=False,
+        model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+    ).eval()
+
+
+def encode_texts(transformer: Any, texts: Sequence[str], prompt: str = "") -> Any:
+    """One forward pass. The prompt is always given: an empty one keeps the model's default prompt away."""
+    return transformer.encode(
+        list(texts), prompt=prompt, batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True
+    )
+
+
+def count_tokens(transformer: Any, texts: Sequence[str]) -> list[int]:
+    """Before truncation. The tokenizer sets truncation and padding again whenever it encodes."""
+    backend = transformer.tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return [len(encoding) for encoding in backend.encode_batch_fast(list(texts))]
+
+
+class StEncoder:
+    def __init__(self, model: Model, transformer: Any, device: str) -> None:
+        self.model = model
+        self.device = device
+        self.max_texts, self.token_budget = CPU_BATCH if device == "cpu" else GPU_BATCH
+        self._transformer = transformer
+
+    @classmethod
+    def load(cls, model: Model, settings: Settings) -> StEncoder:
+        if settings.precision != PRECISION:
+            raise InvalidSetting(variable="EMBEDDING_PRECISION", problem=f"must be {PRECISION} for this encoder")
+        device = resolve(settings.device)
+        set_threads(settings.threads)
+        transformer = _open(model, device)
+        transformer.max_seq_length = model.max_tokens
+        return cls(model, transformer, device)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return count_tokens(self._transformer, texts)
+
+    def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
+        tokens = self.count([prompt + text for text in texts])
+        try:
+            vectors = encode_texts(self._transformer, texts, prompt)
+        except (MemoryError, RuntimeError):
+            self._release()
+            raise
+        truncated = [count > self.model.max_tokens for count in tokens]
+        return Encoded(np.asarray(vectors, dtype=np.float32), tokens, truncated)
+
+    def close(self) -> None:
+        self._transformer = None
+        self._release()
+
+    def _release(self) -> None:
+        """Give a device's memory back: its allocator keeps what a failed pass took."""
+        gc.collect()
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+
+def set_threads(threads: int | None) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _open(model: Model, device: str) -> Any:
+    try:
+        return open_folder(model.path, device)
+    except MemoryError:
+        raise OutOfMemory(name=model.name, reason="its weights do not fit") from None
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, ImportError) as error:
+        if "out of memory" in str(error).lower():
+            raise OutOfMemory(name=model.name, reason=f"its weights do not fit on {device}") from None
+        raise BrokenModel(name=model.name, reason=f"loading it raised {type(error).__name__}: {error}") from error

@@ -1,0 +1,34 @@
+"""What every vector must be before it is written, and pgvector's text form."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from autoembed.models import Model
+
+NORM_TOLERANCE = 1e-3
+
+
+def to_text(vector: NDArray[np.float32]) -> str:
+    """pgvector's text form; each number is the shortest that reads back as the same float32."""
+    contiguous = np.ascontiguousarray(vector, dtype=np.float32)
+    return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY).decode("ascii")
+
+
+def problem(vector: NDArray[np.float32], model: Model) -> str | None:
+    """Why this vector must not be written, or None."""
+    if vector.shape != (model.dimensions,):
+        return f"the vector's shape is {vector.shape}, expected were {model.dimensions} dimensions"
+    if not np.isfinite(vector).all():
+        return "the vector has numbers that are not finite"
+    norm = float(np.linalg.norm(vector.astype(np.float64)))
+    if norm == 0.0:
+        return "the vector is zero"
+    if model.normalizes and abs(norm - 1.0) > NORM_TOLERANCE:
+        return f"the vector's norm is {norm:.4g}, and the model normalises to 1"
+    return None
