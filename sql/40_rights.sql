@@ -9,7 +9,7 @@ begin atomic
 end;
 
 -- The bare check. Called again in each transaction of a fill, under the relation's lock.
-create function autoembed.authorize(relation oid) returns void
+create function autoembed.authorize(relation oid, target smallint default null) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     owner oid := (select c.relowner from pg_class c where c.oid = relation);
@@ -24,7 +24,8 @@ begin
             detail = 'Filling runs the triggers, constraints and index expressions of the table''s owner with the caller''s rights.',
             hint = format('SET ROLE %s first.', owner::regrole);
     end if;
-    if not (has_any_column_privilege(relation, 'update') and has_any_column_privilege(relation, 'select')) then
+    if not (has_any_column_privilege(relation, 'select')
+            and coalesce(has_column_privilege(relation, target, 'update'), has_any_column_privilege(relation, 'update'))) then
         raise exception using errcode = 'insufficient_privilege',
             message = format('permission denied to fill %s', relation::regclass),
             hint = 'The owner fills it, or a role with SELECT and UPDATE on it.';
@@ -51,7 +52,7 @@ begin
     if s.relation is null or to_regclass(s.name) is distinct from s.relation then
         return null;
     end if;
-    perform autoembed.authorize(s.relation);
+    perform autoembed.authorize(s.relation, (select r.target from autoembed.registration r where r.id = registration));
     return s;
 end
 $$;

@@ -175,10 +175,10 @@ create function autoembed.say_existing(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
-    some boolean;
+    filled boolean;
 begin
-    execute format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into some;
-    if some then
+    execute format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into filled;
+    if filled then
         raise notice using message = format('%s has vectors already: they are kept as they are', s.label),
             hint = format('If they are not of model %s: update %s set %s = null', s.model, s.name, s.target);
     end if;
@@ -200,7 +200,7 @@ $$;
 create function autoembed.change(relation regclass, target name, mode text, model text, enabled boolean) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    id bigint;
+    declared bigint;
     m record;
     s autoembed.shape;
     other boolean := false;
@@ -210,11 +210,11 @@ begin
             message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
     end if;
     execute format('lock table %s in share row exclusive mode', relation);
-    id := autoembed.find(relation, target);
-    s := autoembed.shape_of(id);
+    declared := autoembed.find(relation, target);
+    s := autoembed.shape_of(declared);
     update autoembed.registration r
     set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled)
-    where r.id = change.id;
+    where r.id = declared;
     if not found then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
     end if;
@@ -224,13 +224,13 @@ begin
         if (m.name, m.fingerprint) is distinct from (s.model, s.fingerprint) then
             update autoembed.registration r
             set model = m.name, fingerprint = m.fingerprint, generation = r.generation + 1
-            where r.id = change.id;
-            delete from autoembed.failure f where f.registration = id;
-            delete from autoembed.truncation f where f.registration = id;
+            where r.id = declared;
+            delete from autoembed.failure f where f.registration = declared;
+            delete from autoembed.truncation f where f.registration = declared;
             other := true;
         end if;
     end if;
-    perform autoembed.install(id);
+    perform autoembed.install(declared);
     return other;
 end
 $$;
@@ -243,11 +243,11 @@ create function autoembed.clear(registration bigint) returns void
 language plpgsql volatile as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
-    some boolean;
+    filled boolean;
     cleared bigint;
 begin
-    execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into some;
-    if not some then
+    execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into filled;
+    if not filled then
         return;
     end if;
     perform autoembed.authorize(s.relation);
@@ -263,7 +263,8 @@ declare
     r autoembed.registration;
 begin
     execute format('lock table %s in share row exclusive mode', relation);
-    select * into r from autoembed.registration g where g.id = autoembed.find(relation, target);
+    select * into r from autoembed.registration g
+    where g.id = autoembed.find(embed_column_drop.relation, embed_column_drop.target);
     delete from autoembed.registration g where g.id = r.id;
     if not found then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);

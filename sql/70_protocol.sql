@@ -32,8 +32,7 @@ end;
 -- The columns that a call serves: those of the named relation, or of all relations that the caller owns himself;
 -- the one that has waited longest first, so that a call cut short by max_seconds starves nobody.
 create function autoembed.columns(
-    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text,
-    out dimensions integer, out pending bigint, out enabled boolean)
+    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text)
 returns setof record
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -57,13 +56,11 @@ begin
         order by (select max(u.finished) from autoembed.run u where u.registration = g.id) nulls first, g.id
     loop
         s := autoembed.shape_of(r.id);
-        continue when s.relation is null;
+        continue when s.relation is null or not s.enabled;
         registration := s.registration;
         label := s.label;
         model := s.model;
         fingerprint := s.fingerprint;
-        dimensions := s.dimensions;
-        enabled := s.enabled;
         return next;
     end loop;
 end
@@ -130,12 +127,13 @@ $$;
 
 -- Up to `wanted` keys that are pending and not held back, after the cursor, in key order, and the locks that a claim
 -- of them may take. The scan is bounded: rows in back-off move the cursor on and cost no more than that.
--- The planner is bound to the partial index: with old statistics it would sort, or walk another one.
+-- The planner is bound to the partial index: with old statistics it would sort, or walk another one. jit is off here and
+-- below because what is switched off counts as very expensive, and jit would compile for seconds to run in microseconds.
 create function autoembed.candidates(
     registration bigint, after jsonb, wanted integer,
     out keys jsonb[], out locks bigint[], out cursor jsonb, out inflight bigint)
 returns setof record
-language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off as $$
+language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare
     s autoembed.shape := autoembed.enter(registration);
     held jsonb[];
@@ -214,7 +212,7 @@ create function autoembed.claim(
     registration bigint, inflight bigint, wanted jsonb[], alone boolean,
     out generation bigint, out keys jsonb[], out contents text[], out hashes bytea[], out lost integer)
 returns setof record
-language plpgsql volatile set enable_seqscan = off as $$
+language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
     s autoembed.shape;
     mine jsonb[];
@@ -251,7 +249,7 @@ $$;
 create function autoembed.complete(
     registration bigint, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
 returns jsonb[]
-language plpgsql volatile set enable_seqscan = off as $$
+language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
     s autoembed.shape := autoembed.enter(registration);
     written jsonb[];

@@ -2,7 +2,7 @@
 
 create function embed_index(
     relation regclass, target name default 'embedding', m integer default 16, ef_construction integer default 64,
-    concurrently boolean default false)
+    concurrent boolean default false)
 returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -29,9 +29,9 @@ begin
         return null;
     end if;
     statement := format('create index %s%I on %s using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)',
-                        case when concurrently then 'concurrently ' end,
+                        case when concurrent then 'concurrently ' end,
                         left(table_name, 30) || '_' || left(target, 25) || '_hnsw', s.name, s.target, place, m, ef_construction);
-    if not concurrently then
+    if not concurrent then
         execute statement;
     end if;
     return statement;
@@ -39,7 +39,7 @@ end
 $$;
 
 comment on function embed_index(regclass, name, integer, integer, boolean) is
-    'make the hnsw index (cosine); with concurrently => true only return the statement, to be run outside a transaction';
+    'make the hnsw index (cosine); with concurrent => true only return the statement, to be run outside a transaction';
 
 -- Conditions from {"column": value}: equality; null is null; an array is any of its elements; a jsonb column contains the value.
 create function autoembed.filter_condition(relation regclass, filter jsonb) returns text
@@ -83,7 +83,8 @@ create function autoembed.search_statement(s autoembed.shape, filter jsonb) retu
 language sql stable
 begin atomic
     select format(
-        'select (%s), t.%s operator(%s.<=>) $1, %s from %s t where t.%2$s is not null %s order by t.%2$s operator(%3$s.<=>) $1 limit $2',
+        'select (%1$s), t.%2$s operator(%3$s.<=>) $1, %4$s from %5$s t
+         where t.%2$s is not null %6$s order by t.%2$s operator(%3$s.<=>) $1 limit $2',
         (select 'pg_catalog.jsonb_build_object(' || string_agg(format('%L, t.%I', u.name, u.name), ', ' order by u.n) || ')'
          from unnest(s.key_names) with ordinality as u (name, n)),
         s.target, (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),

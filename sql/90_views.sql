@@ -63,7 +63,7 @@ end;
 
 -- up to 100,001 entries of the partial index
 create function autoembed.indexed_count(s autoembed.shape) returns bigint
-language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
     found bigint;
 begin
@@ -93,7 +93,7 @@ end;
 
 -- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp
 create function autoembed.oldest_pending(registration bigint) returns timestamptz
-language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off as $$
+language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
     oldest timestamptz;

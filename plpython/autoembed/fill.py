@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 from . import batching
 from .encoder import Encoder
@@ -22,11 +23,7 @@ ATTEMPTS = 5
 PASSES = 3
 
 
-class DatabaseError(Protocol):
-    """What an error of the database shows: its SQLSTATE, and the constraint where there is one."""
-
-    sqlstate: str
-    constraint: str | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -98,6 +95,7 @@ class Database(Protocol):
     def forget(self, inflight: int) -> None: ...
     def release(self, locks: list[int]) -> None: ...
     def recover(self, column: Column) -> None: ...
+    def authorize(self, column: Column) -> None: ...
     def tidy(self, column: Column) -> None: ...
     def sqlstate(self, error: Exception) -> str: ...
     def constraint(self, error: Exception) -> str | None: ...
@@ -115,6 +113,7 @@ class Totals:
     skipped: int = 0
     tokens: int = 0
     truncated: int = 0
+    lost: int = 0
 
 
 @dataclass
@@ -161,8 +160,7 @@ class Filler:
     def fill_suspects(self) -> None:
         after: str | None = None
         while self.limits.room(self.totals, 1):
-            suspect = self.database.next_suspect(self.column, after)
-            self.database.commit()
+            suspect = self.again(partial(self.database.next_suspect, self.column, after))
             if suspect is None:
                 return
             after = suspect.keys[0]
@@ -174,8 +172,7 @@ class Filler:
         missed = 0
         before = self.totals.embedded
         while room := self.limits.room(self.totals, self.batch):
-            found = self.database.candidates(self.column, after, room)
-            self.database.commit()
+            found = self.again(partial(self.database.candidates, self.column, after, room))
             if found is None:
                 break
             after = found.cursor
@@ -195,9 +192,9 @@ class Filler:
     def fly(self, found: Candidates, encoder: Encoder, alone: bool) -> int:
         result = Round()
         started = time.monotonic()
-        claim = self.database.claim(self.column, found, alone)
-        self.database.commit()
+        claim = self.again(partial(self.database.claim, self.column, found, alone), found.locks)
         result.claim_seconds = time.monotonic() - started
+        self.totals.lost += 0 if claim is None else claim.lost
         if claim is None or not claim.keys:
             self.let_go(found)
             return 0 if claim is None else claim.lost
@@ -261,10 +258,9 @@ class Filler:
             written = self.write_once(claim, rows, texts, result, conclude)
         except self.database.error as error:
             self.database.rollback()
-            if not self.database.sqlstate(error).startswith(WRITE_FAILURES):
+            if not rows or not self.database.sqlstate(error).startswith(WRITE_FAILURES):
                 raise
-            if not rows:
-                raise  # not a row's doing: the record itself was refused
+            self.database.authorize(self.column)  # 42501 of the call as a whole is nobody's row's
             if len(rows) == 1:
                 key = claim.keys[rows[0]]
                 result.failed.append(Failed(key, claim.hashes[rows[0]], "write", self.reason(error)))
@@ -280,24 +276,43 @@ class Filler:
     def write_once(
         self, claim: Claim, rows: list[int], texts: list[str], result: Round, conclude: Callable[[], None] | None
     ) -> list[str]:
-        """One transaction, tried again where another one was in the way (40001, 40P01, 55P03)."""
+        """One transaction; `result` has its rows only once it is committed."""
+        before = len(result.written)
+
+        def transaction() -> list[str]:
+            del result.written[before:]
+            written: list[str] = []
+            if rows:
+                keys, hashes = [claim.keys[row] for row in rows], [claim.hashes[row] for row in rows]
+                written = self.database.complete(self.column, claim.generation, keys, hashes, texts)
+            if conclude is not None:
+                result.written.extend(written)
+                conclude()
+            return written
+
+        try:
+            return self.again(transaction)
+        except self.database.error:
+            del result.written[before:]
+            raise
+
+    def again(self, transaction: Callable[[], T], locks: Sequence[int] = ()) -> T:
+        """Run and commit; once more where another transaction was in the way (40001, 40P01, 55P03).
+
+        `locks` are what a failed try may have taken: session locks outlive its rollback, and are counted.
+        """
         for attempt in range(1, ATTEMPTS + 1):
-            before = len(result.written)
             try:
-                written: list[str] = []
-                if rows:
-                    keys, hashes = [claim.keys[row] for row in rows], [claim.hashes[row] for row in rows]
-                    written = self.database.complete(self.column, claim.generation, keys, hashes, texts)
-                if conclude is not None:
-                    result.written.extend(written)
-                    conclude()
+                outcome = transaction()
                 self.database.commit()
-                return written
+                return outcome
             except self.database.error as error:
-                del result.written[before:]
                 if self.database.sqlstate(error) not in TRY_AGAIN or attempt == ATTEMPTS:
                     raise
                 self.database.rollback()
+                if locks:
+                    self.database.release(list(locks))
+                    self.database.commit()
         raise AssertionError("unreachable")
 
     def reason(self, error: Exception) -> str:

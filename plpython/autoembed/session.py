@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from . import API_VERSION, __version__, batching, models, settings
 from .encoder import Encoder
-from .errors import AutoembedError
+from .errors import AutoembedError, OtherModel
 from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
 from .vectors import to_text
 
 MAX_BATCH = 512
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
+QUOTES_NOTHING = ("25", "2D", "40", "42", "53", "54", "55", "57", "58", "XX")
+HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
@@ -33,19 +39,45 @@ def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
     gd["autoembed"] = Session(plpy, gd)
 
 
+def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """What a method raises reaches the user as an error of PostgreSQL, with its SQLSTATE and a hint, and no row text.
+
+    The server's own errors pass with their message where that never quotes a row: a trigger's, or a type's
+    ("invalid input syntax …"), may.
+    """
+
+    @wraps(method)
+    def call(self: Session, /, *arguments: P.args, **options: P.kwargs) -> R:
+        try:
+            return method(self, *arguments, **options)
+        except AutoembedError as error:
+            self.fail(str(error), error.sqlstate, error.hint)
+        except self.plpy.SPIError as error:
+            detail, hint = error.spidata[1:3]
+            if error.sqlstate[:2] in QUOTES_NOTHING:
+                self.fail(str(error), error.sqlstate, hint, detail if error.sqlstate == "42501" else None)
+            self.fail(f"the call was ended by SQLSTATE {error.sqlstate}", error.sqlstate, HIDDEN)
+
+    return call
+
+
 class Session:
     """The functions of the interface, as the PL/Python bodies call them."""
 
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
         self.models: dict[str, Encoder] = gd.setdefault("autoembed models", {})
+        # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
+        self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
         self.database = SessionDatabase(plpy)
 
     # --- embedding ---------------------------------------------------------------------------------------------
 
+    @interface
     def embed_one(self, content: str | None, model: str | None, prompt: str | None) -> str | None:
         return self.embed_many([content], model, prompt)[0]  # type: ignore[index]
 
+    @interface
     def embed_many(
         self, contents: list[str | None] | None, model: str | None, prompt: str | None
     ) -> list[str | None] | None:
@@ -56,7 +88,7 @@ class Session:
         texts = [text for text in contents if text is not None]
         if not texts:
             return [None] * len(contents)
-        encoder = self.guard(self.encoder, model)
+        encoder = self.encoder(model)
         outcomes = batching.encode_all(
             encoder, texts, prompt=self.prompt(encoder, prompt), checkpoint=self.database.check_interrupts
         )
@@ -95,6 +127,7 @@ class Session:
 
     # --- filling -----------------------------------------------------------------------------------------------
 
+    @interface
     def embed_pending(
         self, batch: int | None, relation: str | None, max_rows: int | None, max_seconds: int | None
     ) -> dict[str, int]:
@@ -115,25 +148,28 @@ class Session:
         columns = self.database.columns(oid)
         self.database.commit()
         report = Progress(self.plpy, self.database)
+        trouble: list[tuple[Column, AutoembedError]] = []
         for column in columns:
             if not limits.room(totals, 1):
-                return
-            Filler(
-                self.database, column, self.encoder_of(column), totals, limits, batch, progress=report
-            ).run()
+                break
+            try:
+                Filler(
+                    self.database, column, self.encoder_of(column), totals, limits, batch, progress=report
+                ).run()
+            except AutoembedError as error:  # one column's model must not keep the others from being filled
+                trouble.append((column, error))
+        for column, error in trouble[1:]:
+            self.plpy.warning(f"{column.label} was not filled: {error}", hint=error.hint)
+        for column, error in trouble[:1]:
+            self.fail(f"{column.label} was not filled: {error}", error.sqlstate, error.hint)
 
     def encoder_of(self, column: Column) -> Callable[[], Encoder]:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
 
         def load() -> Encoder:
-            encoder = self.guard(self.encoder, column.model)
+            encoder = self.encoder(column.model)
             if encoder.model.fingerprint != column.fingerprint:
-                self.fail(
-                    f"model {column.model} is not the one that {column.label} was declared with",
-                    "55000",
-                    "Restore the model's files, or call embed_column_set(…, model => "
-                    f"'{column.model}'), which clears the column to fill it again.",
-                )
+                raise OtherModel(name=column.model)
             return encoder
 
         return load
@@ -185,11 +221,12 @@ class Session:
         loaded = ", ".join(f"{name} on {encoder.device}" for name, encoder in self.models.items()) or "no model"
         self.plpy.log(
             f"autoembed: {totals.embedded} rows embedded, {totals.failed} failed, {totals.skipped} skipped, "
-            f"{totals.truncated} truncated in {seconds:.1f} s ({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {loaded}"
+            f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s ({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {loaded}"
         )
 
     # --- immediate mode ----------------------------------------------------------------------------------------
 
+    @interface
     def embed_rows(self, relation: int, target: str) -> None:
         """A statement's new rows, in one pass. What a model or a missing right prevents stays pending."""
         plan = self.database.row(
@@ -205,16 +242,17 @@ class Session:
                     self.embed_new(plan, rows)
         except AutoembedError as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
+        except (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+            # the encoder's; not Exception, which would swallow a cancel
+            self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
         except self.plpy.SPIError as error:
             if error.sqlstate[:2] in ("57", "40", "53", "25"):
                 raise
             self.plpy.warning(f"{plan['label']}: new rows stay pending (SQLSTATE {error.sqlstate})")
 
     def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
-        encoder = self.encoder(plan["model"])
-        if encoder.model.fingerprint != plan["fingerprint"]:
-            self.plpy.warning(f"{plan['label']}: new rows stay pending: model {plan['model']} has changed on disk")
-            return
+        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"])
+        encoder = self.encoder_of(column)()
         outcomes = batching.encode_all(
             encoder,
             [row["content"] for row in rows],
@@ -222,7 +260,6 @@ class Session:
             checkpoint=self.database.check_interrupts,
         )
         good = [(row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)]
-        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"])
         self.database.complete(
             column,
             plan["generation"],
@@ -233,8 +270,9 @@ class Session:
 
     # --- what the views show -----------------------------------------------------------------------------------
 
+    @interface
     def model(self, name: str | None) -> dict[str, Any]:
-        found = self.guard(models.find, self.guard(settings.read), name)
+        found = models.find(settings.read(), name)
         return {
             "name": found.name,
             "dimensions": found.dimensions,
@@ -242,6 +280,7 @@ class Session:
             "fingerprint": found.fingerprint,
         }
 
+    @interface
     def list_models(self) -> list[dict[str, Any]]:
         return [
             {
@@ -255,7 +294,7 @@ class Session:
                 "bytes": entry.bytes,
                 "note": entry.note,
             }
-            for entry in models.catalog(self.guard(settings.read))
+            for entry in models.catalog(settings.read())
         ]
 
     def list_settings(self) -> list[tuple[str, str | None, str]]:
@@ -263,16 +302,10 @@ class Session:
 
     # --- errors ------------------------------------------------------------------------------------------------
 
-    def guard(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The package's own errors become PostgreSQL's, with their SQLSTATE and hint."""
-        try:
-            return function(*arguments)
-        except AutoembedError as error:
-            self.fail(str(error), error.sqlstate, error.hint)
-
-    def fail(self, message: str, sqlstate: str, hint: str | None) -> NoReturn:
-        self.plpy.error(message, sqlstate=sqlstate, **({"hint": hint} if hint else {}))
-        raise AssertionError("plpy.error returned")
+    def fail(self, message: str, sqlstate: str, hint: str | None, detail: str | None = None) -> NoReturn:
+        error = self.error(message)
+        error.sqlstate, error.hint, error.detail = sqlstate, hint, detail
+        raise error from None
 
 
 class Progress:
@@ -332,7 +365,7 @@ class SessionDatabase:
     def columns(self, oid: int | None) -> list[Column]:
         rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
         return [
-            Column(row["registration"], row["label"], row["model"], row["fingerprint"]) for row in rows if row["enabled"]
+            Column(row["registration"], row["label"], row["model"], row["fingerprint"]) for row in rows
         ]
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
@@ -402,6 +435,9 @@ class SessionDatabase:
 
     def tidy(self, column: Column) -> None:
         self.execute("select autoembed.tidy($1)", ["int8"], [column.registration])
+
+    def authorize(self, column: Column) -> None:
+        self.execute("select autoembed.enter($1)", ["int8"], [column.registration])
 
     def sqlstate(self, error: Exception) -> str:
         return str(getattr(error, "sqlstate", "XX000"))
