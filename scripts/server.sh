@@ -37,6 +37,7 @@ create() {
     as_server sh -c "umask 077; head -c 18 /dev/urandom | base64 >'$SERVER/password'"
     as_server "$BINDIR/initdb" -D "$SERVER/data" -U postgres --encoding=UTF8 --locale=C.UTF-8 --data-checksums \
         --auth-local=trust --auth-host=scram-sha-256 --pwfile="$SERVER/password" >/dev/null
+    echo "create database $DATABASE" | as_server "$BINDIR/postgres" --single -D "$SERVER/data" postgres >/dev/null
     echo "include 'private.conf'" | as_server tee -a "$SERVER/data/postgresql.conf" >/dev/null
 }
 
@@ -67,16 +68,19 @@ start() {
 }
 
 create_extension() {
-    query postgres "create database $DATABASE"
-    query "$DATABASE" "set client_min_messages = warning; create extension pg_autoembed cascade"
+    query "$DATABASE" "set client_min_messages = warning; create extension if not exists pg_autoembed cascade"
+    installed_sql | as_server tee "$SERVER/extension.stamp" >/dev/null
 }
 
-extension_exists() { [ "$(query "$DATABASE" "select count(*) from pg_extension where extname = 'pg_autoembed'" 2>/dev/null)" = 1 ]; }
+installed_sql() { sha256sum "$SHAREDIR/extension/pg_autoembed--$VERSION.sql"; }
+has_extension() { [ "$(query "$DATABASE" "select 1 from pg_extension where extname = 'pg_autoembed'")" = 1 ]; }
 
 up() {
     [ -d "$SERVER/data" ] || create
     running || start
-    extension_exists || create_extension
+    has_extension || create_extension
+    is_stamped "$SERVER/extension.stamp" "$(installed_sql)" ||
+        say "the extension's SQL has changed since this server got it: 'make clean up' starts afresh"
 }
 
 down() { if running; then pg_ctl -m fast stop; fi; }

@@ -5,10 +5,8 @@ source "$(dirname "$0")/lib.sh"
 use_postgres
 
 TARGET=${DESTDIR:-}$SITE
-PIP_OPTIONS=(--quiet --disable-pip-version-check)
-! is_root || PIP_OPTIONS+=(--root-user-action=ignore)
 
-pip_in() { "$1/bin/python" -m pip "$2" "${PIP_OPTIONS[@]}" "${@:3}"; }
+pip_in() { "$1/bin/python" -m pip "${@:2}"; }
 
 check_python() {
     local linked
@@ -48,7 +46,7 @@ install_package() {
     say "package autoembed $VERSION"
     cp -r "$ROOT/pyproject.toml" "$ROOT/plpython" "$WORK"
     pip_in "$TARGET" wheel --no-deps --no-build-isolation --wheel-dir "$WORK" "$WORK"
-    as_root "$TARGET/bin/python" -m pip install "${PIP_OPTIONS[@]}" --no-deps --no-index --force-reinstall "$WORK"/*.whl
+    as_root env PIP_QUIET=2 PIP_ROOT_USER_ACTION=ignore "$TARGET/bin/python" -m pip install --no-deps --no-index --force-reinstall "$WORK"/*.whl
     echo "$1" | as_root tee "$TARGET/package.stamp" >/dev/null
 }
 

@@ -16,8 +16,8 @@ copy_for_server_user() {
 
 ! is_root || copy_for_server_user
 cd "$WORK"
-COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini --cov-report=term:skip-covered)
+COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini)
 [ -n "${PYTEST_ARGS:-}" ] || COVERAGE+=(--cov-fail-under=90)
 # shellcheck disable=SC2086
-as_server env PG_CONFIG="$PG_CONFIG" AUTOEMBED_SITE="$SITE" PYTHONDONTWRITEBYTECODE=1 \
+as_server env PG_CONFIG="$PG_CONFIG" PYTHONDONTWRITEBYTECODE=1 \
     "$STATE/venv/bin/python" -m pytest "${COVERAGE[@]}" "$@" ${PYTEST_ARGS:-}

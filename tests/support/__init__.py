@@ -1,0 +1,1 @@
+"""What the tests need of a machine: throw-away servers, waiting, coverage inside backends."""

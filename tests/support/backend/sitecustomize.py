@@ -1,0 +1,35 @@
+"""Measures coverage inside the test servers' backends: the servers are started with this directory in PYTHONPATH.
+
+PL/Python never finalises its interpreter, so Python's own atexit does not run when a backend ends; libc's on_exit does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+TOOLS = os.environ["AUTOEMBED_TEST_TOOLS"]
+
+
+def start_coverage() -> Any:
+    # The directory goes again: what the product lacks must not be found there.
+    sys.path.append(TOOLS)
+    import coverage
+
+    sys.path.remove(TOOLS)
+    return coverage.process_startup()
+
+
+measuring = start_coverage()
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
+def save(status: int, argument: object) -> None:
+    measuring.stop()
+    measuring.save()
+
+
+if measuring is not None:
+    ctypes.CDLL(None).on_exit(save, None)
