@@ -13,6 +13,7 @@ create type autoembed.shape as (
     target text,            -- quoted
     type text,              -- of the target, schema-qualified
     dimensions integer,
+    target_number smallint,
     sources name[],
     model text,
     fingerprint text,
@@ -151,6 +152,7 @@ begin
     s.fingerprint := r.fingerprint;
     s.mode := r.mode;
     s.enabled := r.enabled;
+    s.target_number := r.target;
     s.content := case cardinality(s.sources)
         when 1 then format('(t.%I)::pg_catalog.text', s.sources[1])
         else format('pg_catalog.concat_ws(E''\n'', %s)', (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)

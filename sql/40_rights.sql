@@ -35,27 +35,44 @@ $$;
 
 -- Lock the relation against changes of its registration (those take SHARE ROW EXCLUSIVE, as CREATE TRIGGER does) and
 -- check it again: between two transactions it may have been dropped, renamed, given away or swapped for another.
-create function autoembed.enter(registration bigint) returns autoembed.shape
+-- Returns the shape of now, null where there is none any more; to make one from the catalogs each time would cost
+-- more than the claim itself.
+create function autoembed.enter(s autoembed.shape) returns autoembed.shape
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-    s autoembed.shape := autoembed.shape_of(registration);
 begin
-    if s.relation is null then
-        return null;
+    if not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
+        s := autoembed.shape_of(s.registration);
+        if s.relation is null or not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
+            return null;
+        end if;
     end if;
-    begin
-        execute format('lock table %s in row exclusive mode', s.name);
-    exception when undefined_table or invalid_schema_name then
-        return null;
-    end;
-    s := autoembed.shape_of(registration);
-    if s.relation is null or to_regclass(s.name) is distinct from s.relation then
-        return null;
-    end if;
-    perform autoembed.authorize(s.relation, (select r.target from autoembed.registration r where r.id = registration));
+    perform autoembed.authorize(s.relation, s.target_number);
     return s;
 end
 $$;
+
+create function autoembed.lock_relation(name text) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    execute format('lock table %s in row exclusive mode', name);
+    return true;
+exception when undefined_table or invalid_schema_name or wrong_object_type then
+    return false;
+end
+$$;
+
+-- Each change of a registration, and each renaming of its columns, makes a new generation.
+create function autoembed.is_current(s autoembed.shape) returns boolean
+language sql volatile
+begin atomic
+    select exists (
+        select from autoembed.registration r
+        join pg_catalog.pg_class c on c.oid = r.relation
+        join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        where r.id = (s).registration and r.generation = (s).generation and r.enabled = (s).enabled
+          and c.oid = (s).relation and format('%I.%I', n.nspname, c.relname) = (s).name);
+end;
+
 
 -- may the current user read every row of the relation, and fill it?
 create function autoembed.reads_all(registration bigint) returns boolean

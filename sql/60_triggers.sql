@@ -29,7 +29,7 @@ $$;
 -- not write the vector, the column is paused, or the owner was never given embed_column.
 create function autoembed.immediate(
     relation oid, target name, out registration bigint, out generation bigint, out model text, out fingerprint text,
-    out label text, out query text)
+    out label text, out shape text, out query text)
 returns setof record
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -53,6 +53,7 @@ begin
     model := s.model;
     fingerprint := s.fingerprint;
     label := s.label;
+    shape := s::text;
     query := format('select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
                      where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
                     s.key, s.content, s.pending);
@@ -325,6 +326,7 @@ declare
 begin
     select * into r from autoembed.registration g where g.id = registration;
     former := (autoembed.arguments_of(r.row_trigger))[1];
+    update autoembed.registration g set generation = g.generation + 1 where g.id = r.id;
     perform autoembed.install_row_trigger(registration);
     for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
         execute format('drop trigger %I on %s', trigger, r.relation::regclass);

@@ -32,7 +32,7 @@ end;
 -- The columns that a call serves: those of the named relation, or of all relations that the caller owns himself;
 -- the one that has waited longest first, so that a call cut short by max_seconds starves nobody.
 create function autoembed.columns(
-    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text)
+    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text, out shape text)
 returns setof record
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -61,6 +61,7 @@ begin
         label := s.label;
         model := s.model;
         fingerprint := s.fingerprint;
+        shape := s::text;
         return next;
     end loop;
 end
@@ -79,21 +80,18 @@ begin atomic
     select array(select u.key from unnest(keys) with ordinality as u (key, n) where u.key <> all (without) order by u.n limit wanted);
 end;
 
-create function autoembed.locks_of(registration bigint, inflight bigint, keys jsonb[]) returns bigint[]
+create function autoembed.locks_of(s autoembed.shape, inflight bigint, keys jsonb[]) returns bigint[]
 language sql stable
 begin atomic
-    select array(select autoembed.row_lock(r.relation, r.target, u.key) from unnest(keys) with ordinality as u (key, n) order by u.n)
-           || autoembed.flight_lock(inflight) || autoembed.air_lock()
-    from autoembed.registration r
-    where r.id = registration;
+    select array(select autoembed.row_lock((s).relation, (s).target_number, u.key)
+                 from unnest(keys) with ordinality as u (key, n) order by u.n)
+           || autoembed.flight_lock(inflight) || autoembed.air_lock();
 end;
 
-create function autoembed.locks_without(registration bigint, keys jsonb[], without jsonb[]) returns bigint[]
+create function autoembed.locks_without(s autoembed.shape, keys jsonb[], without jsonb[]) returns bigint[]
 language sql stable
 begin atomic
-    select array(select autoembed.row_lock(r.relation, r.target, u.key) from unnest(keys) as u (key) where u.key <> all (without))
-    from autoembed.registration r
-    where r.id = registration;
+    select array(select autoembed.row_lock((s).relation, (s).target_number, u.key) from unnest(keys) as u (key) where u.key <> all (without));
 end;
 
 create function autoembed.held_keys(registration bigint, keys jsonb[], out held jsonb[], out hashes bytea[])
@@ -130,19 +128,19 @@ $$;
 -- The planner is bound to the partial index: with old statistics it would sort, or walk another one. jit is off here and
 -- below because what is switched off counts as very expensive, and jit would compile for seconds to run in microseconds.
 create function autoembed.candidates(
-    registration bigint, after jsonb, wanted integer,
+    s autoembed.shape, after jsonb, wanted integer,
     out keys jsonb[], out locks bigint[], out cursor jsonb, out inflight bigint)
 returns setof record
 language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare
-    s autoembed.shape := autoembed.enter(registration);
     held jsonb[];
     scan integer := wanted;
 begin
+    s := autoembed.enter(s);
     if s.relation is null or not s.enabled then
         return;
     end if;
-    if autoembed.holds_back(registration) then
+    if autoembed.holds_back(s.registration) then
         scan := greatest(wanted, 1024);
     end if;
     execute pg_catalog.format(
@@ -162,7 +160,7 @@ begin
         end if;
     end if;
     inflight := pg_catalog.nextval('autoembed.inflight_id_seq');
-    locks := autoembed.locks_of(registration, inflight, keys);
+    locks := autoembed.locks_of(s, inflight, keys);
     return next;
 end
 $$;
@@ -179,25 +177,23 @@ begin atomic
        and p.classid = ((u.lock >> 32) & 4294967295)::oid and p.objid = (u.lock & 4294967295)::oid;
 end;
 
-create function autoembed.try_locks(registration bigint, inflight bigint, wanted jsonb[]) returns jsonb[]
+create function autoembed.try_locks(s autoembed.shape, inflight bigint, wanted jsonb[]) returns jsonb[]
 language sql volatile
 begin atomic
     select pg_try_advisory_lock(autoembed.flight_lock(inflight));
     select array(select u.key from unnest(wanted) with ordinality as u (key, n)
-                 where pg_try_advisory_lock(autoembed.row_lock(r.relation, r.target, u.key)) order by u.n)
-    from autoembed.registration r
-    where r.id = registration;
+                 where pg_try_advisory_lock(autoembed.row_lock((s).relation, (s).target_number, u.key)) order by u.n);
 end;
 
 -- Without ownership no state is written: a role with UPDATE alone could otherwise hold back others' rows.
-create function autoembed.take_off(registration bigint, inflight bigint, alone boolean, keys jsonb[], hashes bytea[]) returns void
+create function autoembed.take_off(s autoembed.shape, inflight bigint, alone boolean, keys jsonb[], hashes bytea[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if not autoembed.owns((select r.relation from autoembed.registration r where r.id = registration)) then
+    if not autoembed.owns(s.relation) then
         return;
     end if;
     insert into autoembed.inflight (id, registration, cluster, alone, keys, hashes)
-    values (inflight, registration, autoembed.cluster(), alone, keys, hashes);
+    values (inflight, s.registration, autoembed.cluster(), alone, keys, hashes);
     insert into autoembed.inflight_twin values (inflight);
     -- lost with the crash that it must outlive, the row would blame nobody and the server would crash again
     if current_setting('synchronous_commit') = 'off' then
@@ -209,12 +205,11 @@ $$;
 -- Lock candidates, then read again: the statement that found them saw the table before it held their locks, so some
 -- may be filled by now. Those are unlocked. An inflight row says what is about to be encoded. The caller commits.
 create function autoembed.claim(
-    registration bigint, inflight bigint, wanted jsonb[], alone boolean,
+    s autoembed.shape, inflight bigint, wanted jsonb[], alone boolean,
     out generation bigint, out keys jsonb[], out contents text[], out hashes bytea[], out lost integer)
 returns setof record
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
-    s autoembed.shape;
     mine jsonb[];
 begin
     if alone then
@@ -222,11 +217,11 @@ begin
     else
         perform pg_catalog.pg_advisory_lock_shared(autoembed.air_lock());
     end if;
-    s := autoembed.enter(registration);
+    s := autoembed.enter(s);
     if s.relation is null then
         return;
     end if;
-    mine := autoembed.try_locks(registration, inflight, wanted);
+    mine := autoembed.try_locks(s, inflight, wanted);
     execute pg_catalog.format(
         'select coalesce(pg_catalog.array_agg(c.key), ''{}''), coalesce(pg_catalog.array_agg(c.content), ''{}''),
                 coalesce(pg_catalog.array_agg(autoembed.hash(c.content)), ''{}'')
@@ -234,11 +229,11 @@ begin
          where c.content collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
         s.content, s.name, s.matching, s.pending)
     into keys, contents, hashes using mine;
-    perform autoembed.release(autoembed.locks_without(registration, mine, keys));
+    perform autoembed.release(autoembed.locks_without(s, mine, keys));
     generation := s.generation;
     lost := pg_catalog.cardinality(wanted) operator(pg_catalog.-) pg_catalog.cardinality(mine);
     if pg_catalog.cardinality(keys) operator(pg_catalog.>) 0 then
-        perform autoembed.take_off(registration, inflight, alone, keys, hashes);
+        perform autoembed.take_off(s, inflight, alone, keys, hashes);
     end if;
     return next;
 end
@@ -247,13 +242,13 @@ $$;
 -- Write the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for.
 -- Returns the keys that were written; the others come again.
 create function autoembed.complete(
-    registration bigint, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
+    s autoembed.shape, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
 returns jsonb[]
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
-    s autoembed.shape := autoembed.enter(registration);
     written jsonb[];
 begin
+    s := autoembed.enter(s);
     if s.relation is null or s.generation operator(pg_catalog.<>) generation then
         return '{}';
     end if;
@@ -371,25 +366,24 @@ end;
 
 -- The next suspect, to be claimed alone. One that is not pending any more, or whose text has changed, is none.
 create function autoembed.next_suspect(
-    registration bigint, after jsonb, out key jsonb, out locks bigint[], out inflight bigint)
+    s autoembed.shape, after jsonb, out key jsonb, out locks bigint[], out inflight bigint)
 returns setof record
 language plpgsql volatile as $$
-declare
-    s autoembed.shape := autoembed.enter(registration);
 begin
-    if s.relation is null or not s.enabled or autoembed.first_suspect(registration, after) is null then
+    s := autoembed.enter(s);
+    if s.relation is null or not s.enabled or autoembed.first_suspect(s.registration, after) is null then
         return;
     end if;
     execute pg_catalog.format(
         'delete from autoembed.suspect d where d.registration operator(pg_catalog.=) $1 and not exists (
              select from %s t where %s and %s and autoembed.hash(%s) operator(pg_catalog.=) d.hash)',
-        s.name, s.matching, s.pending, s.content) using registration;
-    key := autoembed.first_suspect(registration, after);
+        s.name, s.matching, s.pending, s.content) using s.registration;
+    key := autoembed.first_suspect(s.registration, after);
     if key is null then
         return;
     end if;
     inflight := pg_catalog.nextval('autoembed.inflight_id_seq');
-    locks := autoembed.locks_of(registration, inflight, array[key]);
+    locks := autoembed.locks_of(s, inflight, array[key]);
     return next;
 end
 $$;
@@ -408,13 +402,13 @@ $$;
 
 -- Housekeeping at the end of a call: failures and truncations of rows that are gone, figures older than a day.
 -- A thousand a time, those first that were looked at longest ago.
-create function autoembed.tidy(registration bigint) returns void
+create function autoembed.tidy(s autoembed.shape) returns void
 language plpgsql volatile as $$
 declare
-    s autoembed.shape := autoembed.enter(registration);
     kind text;
 begin
-    if s.relation is null or not autoembed.tidy_runs(registration) then
+    s := autoembed.enter(s);
+    if s.relation is null or not autoembed.tidy_runs(s.registration) then
         return;
     end if;
     foreach kind in array array['failure', 'truncation'] loop
@@ -430,7 +424,7 @@ begin
              )
              delete from autoembed.%1$I f using looked d
              where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key
-               and not exists (select from %2$s t where %3$s)', kind, s.name, s.matching) using registration;
+               and not exists (select from %2$s t where %3$s)', kind, s.name, s.matching) using s.registration;
     end loop;
 end
 $$;

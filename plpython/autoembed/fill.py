@@ -34,6 +34,7 @@ class Column:
     label: str
     model: str
     fingerprint: str
+    shape: str
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,7 @@ class Session:
             self.plpy.warning(f"{plan['label']}: new rows stay pending (SQLSTATE {error.sqlstate})")
 
     def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
-        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"])
+        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"], plan["shape"])
         encoder = self.encoder_of(column)()
         outcomes = batching.encode_all(
             encoder,
@@ -365,26 +365,28 @@ class SessionDatabase:
     def columns(self, oid: int | None) -> list[Column]:
         rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
         return [
-            Column(row["registration"], row["label"], row["model"], row["fingerprint"]) for row in rows
+            Column(row["registration"], row["label"], row["model"], row["fingerprint"], row["shape"]) for row in rows
         ]
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
         row = self.row(
-            "select * from autoembed.candidates($1, $2, $3)", ["int8", "jsonb", "int4"], [column.registration, after, wanted]
+            "select * from autoembed.candidates($1::autoembed.shape, $2, $3)",
+            ["text", "jsonb", "int4"],
+            [column.shape, after, wanted],
         )
         return None if row is None else Candidates(row["keys"], row["locks"], row["cursor"], row["inflight"])
 
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None:
         row = self.row(
-            "select * from autoembed.next_suspect($1, $2)", ["int8", "jsonb"], [column.registration, after]
+            "select * from autoembed.next_suspect($1::autoembed.shape, $2)", ["text", "jsonb"], [column.shape, after]
         )
         return None if row is None else Candidates([row["key"]], row["locks"], row["key"], row["inflight"])
 
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None:
         row = self.row(
-            "select * from autoembed.claim($1, $2, $3, $4)",
-            ["int8", "int8", "jsonb[]", "bool"],
-            [column.registration, candidates.inflight, candidates.keys, alone],
+            "select * from autoembed.claim($1::autoembed.shape, $2, $3, $4)",
+            ["text", "int8", "jsonb[]", "bool"],
+            [column.shape, candidates.inflight, candidates.keys, alone],
         )
         if row is None:
             return None
@@ -394,9 +396,9 @@ class SessionDatabase:
         self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
     ) -> list[str]:
         written: list[str] = self.value(
-            "select autoembed.complete($1, $2, $3, $4, $5)",
-            ["int8", "int8", "jsonb[]", "bytea[]", "text[]"],
-            [column.registration, generation, keys, hashes, vectors],
+            "select autoembed.complete($1::autoembed.shape, $2, $3, $4, $5)",
+            ["text", "int8", "jsonb[]", "bytea[]", "text[]"],
+            [column.shape, generation, keys, hashes, vectors],
         )
         return written
 
@@ -434,10 +436,10 @@ class SessionDatabase:
         self.execute("select autoembed.recover($1)", ["int8"], [column.registration])
 
     def tidy(self, column: Column) -> None:
-        self.execute("select autoembed.tidy($1)", ["int8"], [column.registration])
+        self.execute("select autoembed.tidy($1::autoembed.shape)", ["text"], [column.shape])
 
     def authorize(self, column: Column) -> None:
-        self.execute("select autoembed.enter($1)", ["int8"], [column.registration])
+        self.execute("select autoembed.enter($1::autoembed.shape)", ["text"], [column.shape])
 
     def sqlstate(self, error: Exception) -> str:
         return str(getattr(error, "sqlstate", "XX000"))
