@@ -39,6 +39,12 @@ class InvalidSetting(AutoembedError):
     default_hint = "Change {variable} in the server's environment and restart the server."
 
 
+class InvalidOption(AutoembedError):
+    """{option} {problem}"""
+
+    sqlstate = "22023"
+
+
 class DeviceUnavailable(InvalidSetting):
     """EMBEDDING_DEVICE is {device}, but torch finds no such device here"""
 

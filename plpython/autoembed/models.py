@@ -102,6 +102,19 @@ def catalog(settings: Settings) -> list[Entry]:
     return [_entry(folder, settings) for folder in _folders(settings.model_dir)]
 
 
+def status(folder: Path, manifest: Manifest) -> str:
+    """'ready', or 'broken: why', as far as a look at the files tells; hashes are for `verify`."""
+    try:
+        _check_presence(folder, manifest, folder.name)
+        _check_strangers(folder, manifest, folder.name)
+    except AutoembedError as error:
+        return f"broken: {error}"
+    for name, file in manifest.files.items():
+        if (folder / name).stat().st_size != file.stamp.size:
+            return f"broken: {name} has another size"
+    return "ready"
+
+
 def verify(model: Model) -> None:
     """Hash every file against the manifest; then renew the stamps where the manifest can be written."""
     manifest = _manifest(model.path, model.name, model.path.parent)
@@ -196,12 +209,11 @@ def _entry(folder: Path, settings: Settings) -> Entry:
     try:
         manifest = _manifest(folder, folder.name, settings.model_dir)
         model = _model(folder, manifest, settings)
-        status = _status(folder, manifest)
     except AutoembedError as error:
         return Entry(folder.name, f"broken: {error}")
     return Entry(
         name=model.name,
-        status=status,
+        status=status(folder, manifest),
         dimensions=model.dimensions,
         max_tokens=model.max_tokens,
         architecture=model.architecture,
@@ -210,16 +222,6 @@ def _entry(folder: Path, settings: Settings) -> Entry:
         bytes=model.bytes,
         note="; ".join(["served by sentence-transformers", *manifest.converted, *manifest.assumed]),
     )
-
-
-def _status(folder: Path, manifest: Manifest) -> str:
-    """What a look at the files' sizes can tell; hashes are for `verify`."""
-    _check_presence(folder, manifest, folder.name)
-    _check_strangers(folder, manifest, folder.name)
-    for name, file in manifest.files.items():
-        if (folder / name).stat().st_size != file.stamp.size:
-            return f"broken: {name} has another size"
-    return "ready"
 
 
 def _check_presence(folder: Path, manifest: Manifest, name: str) -> None:

@@ -1,0 +1,5 @@
+import sys
+
+from autoembed.cli import main
+
+sys.exit(main())

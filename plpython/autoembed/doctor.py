@@ -1,0 +1,221 @@
+"""What is installed, found and wrong, in one screen, with what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from autoembed import __version__, device, models, settings
+from autoembed.errors import AutoembedError
+
+OK, WARNING, WRONG, INFO = "ok", "warning", "WRONG", ""
+PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "safetensors", "numpy", "orjson")
+CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+SLOW_GFLOPS = 10.0
+EXTENSIONS = (
+    ("vector", WRONG, "Install pgvector 0.7 or newer for this PostgreSQL."),
+    ("plpython3u", WRONG, "Install PL/Python for this PostgreSQL (Debian: postgresql-plpython3-NN)."),
+    ("pg_autoembed", WRONG, "Run `make install` with this PG_CONFIG."),
+    ("pg_cron", INFO, ""),
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    section: str
+    status: str
+    text: str
+    advice: str = ""
+
+
+def examine(environ: Mapping[str, str] = os.environ) -> list[Check]:
+    return [*_versions(), *_computing(environ), *_settings(environ), *_models(environ), *_postgres(environ)]
+
+
+def is_ill(checks: Iterable[Check]) -> bool:
+    return any(check.status == WRONG for check in checks)
+
+
+def render(checks: Iterable[Check]) -> str:
+    lines: list[str] = []
+    section = ""
+    for check in checks:
+        if check.section != section:
+            section = check.section
+            lines.append(section)
+        lines.append(f"  {check.status:<8}{check.text}")
+        if check.advice:
+            lines.append(f"          -> {check.advice}")
+    return "\n".join(lines)
+
+
+def _versions() -> list[Check]:
+    checks = [Check("Versions", INFO, f"autoembed {__version__}, Python {platform.python_version()}")]
+    return checks + [_version(package) for package in PACKAGES]
+
+
+def _version(package: str) -> Check:
+    try:
+        return Check("Versions", OK, f"{package} {importlib.metadata.version(package)}")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("Versions", WRONG, f"{package} is not installed", "Run `make install`.")
+
+
+def _computing(environ: Mapping[str, str]) -> list[Check]:
+    flags = cpu_flags()
+    checks = [Check("Computing", INFO, f"CPU: {os.cpu_count()} cores, {' '.join(flags) or 'no flags of interest'}")]
+    try:
+        import torch
+    except ImportError as error:
+        return [*checks, Check("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
+    checks.append(Check("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
+    return [*checks, _blas(torch.__config__.show(), matmul_gflops()), _device(environ)]
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Those that decide which precision is fast."""
+    try:
+        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return []
+    have = set(found[1].split()) if found else set()
+    return [flag for flag in CPU_FLAGS if flag in have]
+
+
+def matmul_gflops(size: int = 768) -> float:
+    """The best of three float32 products, after one to warm up."""
+    import torch
+
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(seconds[1:]) / 1e9)
+
+
+def _blas(build: str, gflops: float) -> Check:
+    found = re.search(r"BLAS_INFO=(\w+)", build)
+    text = f"BLAS: {found[1] if found else 'unknown'}, float32 products at {gflops:.0f} GFLOP/s"
+    if gflops >= SLOW_GFLOPS:
+        return Check("Computing", OK, text)
+    advice = (
+        "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-pthread."
+    )
+    return Check("Computing", WARNING, text, advice)
+
+
+def _device(environ: Mapping[str, str]) -> Check:
+    try:
+        wanted = settings.read(environ).device
+        found = device.resolve(wanted)
+    except AutoembedError as error:
+        return Check("Computing", WRONG, str(error), error.hint or "")
+    return Check("Computing", OK, f"device: {device.describe(found)} (EMBEDDING_DEVICE is {wanted})")
+
+
+def _settings(environ: Mapping[str, str]) -> list[Check]:
+    """The environment of this command; the server's own is what the view embedding_settings shows."""
+    title = "Settings (of this command; the server's: select * from embedding_settings)"
+    rows = settings.report(environ)
+    unset = [name for name, _, source in rows if source == "default"]
+    checks = [_setting(title, *row) for row in rows if row[0] not in unset]
+    checks += [
+        Check(title, WARNING, f"{name} is not a setting", "Check the spelling.") for name in settings.unknown(environ)
+    ]
+    return [*checks, Check(title, INFO, f"at their defaults: {len(unset)} of {len(rows)}")]
+
+
+def _setting(title: str, name: str, value: str | None, source: str) -> Check:
+    if source.startswith("invalid: "):
+        return Check(title, WRONG, source.removeprefix("invalid: "), f"Change or unset {name}.")
+    return Check(title, OK, f"{name} = {value} ({source})")
+
+
+def _models(environ: Mapping[str, str]) -> list[Check]:
+    try:
+        current = settings.read(environ)
+        entries = models.catalog(current)
+    except AutoembedError as error:
+        return [Check("Models", WRONG, str(error), error.hint or "")]
+    directory = current.model_dir
+    add = f"python -m autoembed model add PATH (or model pull NAME) --dir {directory}"
+    if not entries:
+        return [Check("Models", WRONG, f"{directory} has no model", add)]
+    checks = [Check("Models", INFO, f"directory {directory}"), *_reachable(directory), *map(_model, entries)]
+    return [*checks, _default_model(current)]
+
+
+def _reachable(directory: Path) -> list[Check]:
+    """The server's user is another one: it needs to pass all folders above."""
+    closed = [folder for folder in (directory, *directory.parents) if not folder.stat().st_mode & 0o001]
+    advice = "The server's user must be able to get there: chmod o+x, or another EMBEDDING_MODEL_DIR."
+    return [Check("Models", WARNING, f"{folder} is closed to other users", advice) for folder in closed]
+
+
+def _model(entry: models.Entry) -> Check:
+    if entry.status == "ready":
+        facts = f"{entry.architecture}, {entry.dimensions} dimensions, {entry.max_tokens} tokens"
+        return Check("Models", OK, f"{entry.name}: ready, {facts}, {entry.note}")
+    if entry.status == "unregistered":
+        return Check(
+            "Models", WARNING, f"{entry.name}: unregistered", f"python -m autoembed model add {entry.name} ..."
+        )
+    return Check("Models", WRONG, f"{entry.name}: {entry.status}", "Add it again with --force, or remove it.")
+
+
+def _default_model(current: settings.Settings) -> Check:
+    try:
+        return Check("Models", OK, f"the default model is {models.find(current).name}")
+    except AutoembedError as error:
+        return Check("Models", WARNING, f"no default model: {error}", error.hint or "")
+
+
+def _postgres(environ: Mapping[str, str]) -> list[Check]:
+    program = environ.get("PG_CONFIG") or shutil.which("pg_config")
+    ask = None if program is None else _asker(program)
+    version = ask("--version") if ask else None
+    if ask is None or version is None:
+        return [Check("PostgreSQL", WRONG, "pg_config was not found", "Install PostgreSQL, or set PG_CONFIG.")]
+    folder = Path(ask("--sharedir") or "") / "extension"
+    checks = [Check("PostgreSQL", OK, f"{version} ({program})")]
+    checks += [_extension(folder, name, status, advice) for name, status, advice in EXTENSIONS]
+    site = Path(ask("--pkglibdir") or "") / "pg_autoembed" / __version__
+    return [*checks, _site(site)]
+
+
+def _asker(program: str) -> Callable[[str], str | None]:
+    def ask(option: str) -> str | None:
+        try:
+            answer = subprocess.run([program, option], capture_output=True, text=True, check=True, timeout=10)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return answer.stdout.strip()
+
+    return ask
+
+
+def _extension(folder: Path, name: str, missing: str, advice: str) -> Check:
+    try:
+        control = (folder / f"{name}.control").read_text(encoding="utf-8")
+    except OSError:
+        return Check(
+            "PostgreSQL", missing, f"extension {name} is not available{' (optional)' if not advice else ''}", advice
+        )
+    version = re.search(r"^default_version\s*=\s*'([^']*)'", control, re.MULTILINE)
+    return Check("PostgreSQL", OK, f"extension {name} {version[1] if version else ''}".rstrip())
+
+
+def _site(site: Path) -> Check:
+    if site.is_dir():
+        return Check("PostgreSQL", OK, f"Python packages for the server in {site}")
+    return Check("PostgreSQL", WRONG, f"no Python packages for the server in {site}", "Run `make install`.")

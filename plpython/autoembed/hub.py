@@ -1,0 +1,77 @@
+"""Models from the hub, outside the server: only the files that are needed, at one recorded commit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from autoembed import layout as layouts
+from autoembed.errors import DownloadFailed
+from autoembed.manifest import DOCUMENTS
+
+DEFAULT_OWNER = "sentence-transformers"
+SMALL_FILES = ("*.json", "*.txt", "*.model", *DOCUMENTS)
+HINT = (
+    "Check the name (OWNER/NAME) and the network. Without a hub, copy the model's folder here "
+    "and use `python -m autoembed model add PATH`."
+)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    folder: Path
+    repository: str
+    commit: str
+
+
+def repository(name: str) -> str:
+    return name if "/" in name else f"{DEFAULT_OWNER}/{name}"
+
+
+@contextmanager
+def download(name: str, revision: str | None) -> Iterator[Snapshot]:
+    """The model's files, for as long as the context lasts."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    with tempfile.TemporaryDirectory(prefix="autoembed-") as folder:
+        try:
+            snapshot = _fetch(repository(name), revision, Path(folder))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise DownloadFailed(name=name, reason=f"{type(error).__name__}: {error}", hint=HINT) from None
+        yield snapshot
+
+
+def _fetch(repo: str, revision: str | None, folder: Path) -> Snapshot:
+    from huggingface_hub import HfApi
+
+    found = HfApi().model_info(repo, revision=revision)
+    commit = str(found.sha)
+    files = [str(sibling.rfilename) for sibling in found.siblings or []]
+    _get(repo, commit, folder, [file for file in files if _is_small(file)])
+    layout = layouts.inspect(folder, repo)
+    weights = [file for module in layout.modules if module.has_weights for file in _weights(files, module.path)]
+    _get(repo, commit, folder, weights)
+    return Snapshot(folder, repo, commit)
+
+
+def _get(repo: str, commit: str, folder: Path, files: list[str]) -> None:
+    from huggingface_hub import snapshot_download
+
+    if files:
+        snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=files)
+
+
+def _is_small(file: str) -> bool:
+    """Everything but weights; at most one folder deep, where modules live, and no other framework's folder."""
+    path = PurePosixPath(file)
+    exports = ("onnx", "openvino")
+    return len(path.parts) <= 2 and path.parts[0] not in exports and any(path.match(each) for each in SMALL_FILES)
+
+
+def _weights(files: list[str], directory: str) -> list[str]:
+    parent = PurePosixPath(directory)
+    names = [path.name for path in map(PurePosixPath, files) if path.parent == parent]
+    return [(parent / name).as_posix() for name in layouts.choose_weights(names)]

@@ -1,0 +1,180 @@
+"""Models into the model directory and out of it: a model is there whole, or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from autoembed import convert, models, smoke
+from autoembed import layout as layouts
+from autoembed import manifest as manifests
+from autoembed.convert import Notes, Options
+from autoembed.errors import InvalidOption, ModelExists, UnknownModel, UnreadableModel
+from autoembed.layout import Layout
+from autoembed.manifest import BadManifest, Manifest, Origin
+from autoembed.smoke import Facts
+
+LOCK = ".lock"
+TOOLS = ("autoembed", "torch", "transformers", "sentence-transformers", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Added:
+    """`new` is false where the same content was there already."""
+
+    manifest: Manifest
+    folder: Path
+    new: bool
+
+
+def add(
+    source: Path,
+    directory: Path,
+    *,
+    name: str | None = None,
+    options: Options = Options(),  # noqa: B008 -- frozen
+    force: bool = False,
+    origin: tuple[str, str | None] | None = None,
+) -> Added:
+    """Copy, convert, try out and register a folder; `origin` is a source and its revision, if not the folder."""
+    source = source.resolve()
+    name = models.check_name(name or source.name)
+    layout = layouts.inspect(source, name)
+    convert.check_options(layout, options)
+    with _locked(directory):
+        folder = directory / name
+        if source == folder.resolve():
+            raise InvalidOption(option="PATH", problem="is the model directory's own copy; give --name or another PATH")
+        found = _origin(layout, options, origin or (str(source), None))
+        if (present := _same(folder, found)) is not None:
+            return Added(present, folder, new=False)
+        if folder.exists() and not force:
+            raise ModelExists(name=name)
+        return Added(_build(layout, folder, options, found), folder, new=True)
+
+
+def remove(name: str, directory: Path) -> None:
+    folder = directory / models.check_name(name)
+    with _locked(directory):
+        if not folder.is_dir():
+            raise UnknownModel(
+                name=name, directory=directory, hint="`python -m autoembed model list` shows what is there."
+            )
+        _discard(folder)
+
+
+def _build(layout: Layout, folder: Path, options: Options, origin: Origin) -> Manifest:
+    stage = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        _copy(layout, stage)
+        notes = convert.complete(layout, stage, options)
+        layout = layouts.inspect(stage, layout.name)
+        facts = smoke.try_out(layout, stage)
+        _make_readable(stage)
+        manifest = _manifest(layout, facts, notes, options, origin)
+        manifests.write(stage, manifest)
+        _put_in_place(stage, folder)
+        return manifest
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _copy(layout: Layout, stage: Path) -> None:
+    for file in layouts.needed_files(layout):
+        if not layouts.is_pickled(file):
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(layout.folder / file, stage / file)
+    for module in layout.modules:
+        (stage / module.path).mkdir(parents=True, exist_ok=True)
+
+
+def _make_readable(stage: Path) -> None:
+    """Whatever the umask: the server runs as another user."""
+    stage.chmod(0o755)
+    for path in stage.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def _manifest(layout: Layout, facts: Facts, notes: Notes, options: Options, origin: Origin) -> Manifest:
+    prompts, default_prompt = layouts.prompts(layout.folder, layout.name)
+    return Manifest(
+        name=layout.name,
+        architecture=layout.architecture,
+        precision=options.precision,
+        dimensions=facts.dimensions,
+        max_tokens=facts.max_tokens,
+        position_limit=facts.position_limit,
+        normalizes=layout.normalizes,
+        prompts=prompts,
+        default_prompt=default_prompt,
+        origin=origin,
+        converted=notes.converted,
+        assumed=notes.assumed,
+        tools={tool: _version(tool) for tool in TOOLS},
+        added=datetime.now(UTC).isoformat(timespec="seconds"),
+        files=manifests.describe(layout.folder, manifests.paths(layout.folder)),
+    )
+
+
+def _version(tool: str) -> str:
+    try:
+        return importlib.metadata.version(tool)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _origin(layout: Layout, options: Options, origin: tuple[str, str | None]) -> Origin:
+    hashes = {file: manifests.sha256(layout.folder / file) for file in layouts.needed_files(layout)}
+    return Origin(source=origin[0], revision=origin[1], options=asdict(options), files=hashes)
+
+
+def _same(folder: Path, origin: Origin) -> Manifest | None:
+    """The model that is there, if it was made from the same files in the same way and is intact."""
+    try:
+        present = manifests.read(folder)
+    except (FileNotFoundError, BadManifest):
+        return None
+    same = (present.origin.files, present.origin.options) == (origin.files, origin.options)
+    return present if same and models.status(folder, present) == "ready" else None
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """One change at a time; whoever holds the lock clears what killed predecessors left."""
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        lock = (directory / LOCK).open("a")
+    except OSError as error:
+        hint = "Run this as the directory's owner (often: sudo), or name another with --dir."
+        raise UnreadableModel(path=directory, reason=error.strerror, hint=hint) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for leftover in directory.glob(".*.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        yield
+
+
+def _put_in_place(stage: Path, folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as grave:
+        old = Path(grave) / folder.name
+        if folder.exists():
+            folder.rename(old)
+        try:
+            stage.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
+
+
+def _discard(folder: Path) -> None:
+    """Out of sight in one step; sessions that have its files mapped keep them."""
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as grave:
+        folder.rename(Path(grave) / folder.name)

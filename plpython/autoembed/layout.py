@@ -1,0 +1,220 @@
+"""How a published model's folder is laid out, which of its files are needed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from autoembed.errors import BrokenModel, MissingFile, RemoteCode, UnsupportedModel
+from autoembed.manifest import DOCUMENTS
+
+OWN_MODULES = "sentence_transformers."
+WEIGHTED = ("Transformer", "Dense", "LayerNorm", "WeightedLayerPooling")
+WEIGHTLESS = ("Pooling", "Normalize", "Dropout")
+
+MODULES = "modules.json"
+ROOT_FILES = (MODULES, "config_sentence_transformers.json", *DOCUMENTS)
+VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
+TRANSFORMER_FILES = (
+    "config.json",
+    "sentence_*_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    *VOCABULARIES,
+)
+MODULE_FILES = ("config.json",)
+
+SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+PICKLED = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+INDEX = "model.safetensors.index.json"
+
+# Their position ids start after the padding token's id, so that fewer tokens fit than there are positions.
+OFFSET_POSITIONS = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "mpnet",
+    "roberta-prelayernorm",
+    "longformer",
+)
+
+
+@dataclass(frozen=True)
+class Module:
+    kind: str
+    path: str
+
+    @property
+    def has_weights(self) -> bool:
+        return self.kind in WEIGHTED
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A folder that passed all checks; `bare` is one in transformers' format, without modules of its own."""
+
+    name: str
+    folder: Path
+    modules: tuple[Module, ...]
+    config: Mapping[str, Any]
+    bare: bool
+
+    @property
+    def transformer(self) -> Path:
+        return self.folder / self.modules[0].path
+
+    @property
+    def architecture(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def normalizes(self) -> bool:
+        return self.modules[-1].kind == "Normalize"
+
+    @property
+    def position_limit(self) -> int | None:
+        """The most tokens that the model has positions for; None where positions are relative."""
+        positions = self.config.get("max_position_embeddings")
+        if not isinstance(positions, int) or positions < 1:
+            return None
+        if self.architecture in OFFSET_POSITIONS:
+            padding = self.config.get("pad_token_id")
+            return positions - 1 - (1 if padding is None else int(padding))
+        return positions
+
+
+def inspect(folder: Path, name: str) -> Layout:
+    if not folder.is_dir():
+        raise MissingFile(name=name, file=f"folder {folder}")
+    bare = not (folder / MODULES).is_file()
+    modules = (Module("Transformer", ""),) if bare else _modules(folder, name)
+    transformer = folder / modules[0].path
+    _refuse_code(transformer, name)
+    config = read_json(transformer / "config.json", name)
+    if "model_type" not in config:
+        raise UnsupportedModel(name=name, reason="its config.json names no model_type")
+    return Layout(name, folder, modules, config, bare)
+
+
+def read_json(path: Path, name: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingFile(name=name, file=path.name, hint=f"Looked for {path}.") from None
+    except ValueError:
+        raise BrokenModel(name=name, reason=f"{path.name} is not JSON", hint="Download the model again.") from None
+
+
+def choose_weights(names: Iterable[str]) -> list[str]:
+    """One directory's weights: safetensors if there are any, else pickles, else nothing."""
+    names = sorted(names)
+    safe = [name for name in names if SAFETENSORS.fullmatch(name)]
+    if "model.safetensors" in safe:
+        return ["model.safetensors"]
+    if safe:
+        return [*safe, INDEX]
+    pickled = [name for name in names if PICKLED.fullmatch(name)]
+    return ["pytorch_model.bin"] if "pytorch_model.bin" in pickled else pickled
+
+
+def is_pickled(file: str) -> bool:
+    return PICKLED.fullmatch(PurePosixPath(file).name) is not None
+
+
+def needed_files(layout: Layout) -> list[str]:
+    """What the model is made of, relative to its folder: no code, no other frameworks' weights."""
+    found = {file for pattern in ROOT_FILES for file in _matching(layout.folder, "", pattern)}
+    for module in layout.modules:
+        patterns = TRANSFORMER_FILES if module.kind == "Transformer" else MODULE_FILES
+        found.update(file for pattern in patterns for file in _matching(layout.folder, module.path, pattern))
+        if module.has_weights:
+            found.update(_weights(layout, module))
+    return sorted(found)
+
+
+def prompts(folder: Path, name: str) -> tuple[dict[str, str], str | None]:
+    """The model's prompts and its default prompt's name. `query` and `document` are always there."""
+    path = folder / "config_sentence_transformers.json"
+    config = read_json(path, name) if path.is_file() else {}
+    named = {key: text or "" for key, text in (config.get("prompts") or {}).items()}
+    document = next((named[key] for key in ("document", "passage", "corpus") if key in named), "")
+    default = config.get("default_prompt_name")
+    if default is not None and default not in named:
+        raise BrokenModel(name=name, reason=f'its default prompt "{default}" is not among its prompts')
+    return {"query": "", "document": document, **named}, default
+
+
+def _modules(folder: Path, name: str) -> tuple[Module, ...]:
+    kind = (
+        read_json(folder / "config_sentence_transformers.json", name).get("model_type") if _has_config(folder) else None
+    )
+    if kind not in (None, "SentenceTransformer"):
+        raise UnsupportedModel(name=name, reason=f"it is a {kind}, which gives no dense vectors of texts")
+    listed = read_json(folder / MODULES, name)
+    try:
+        modules = tuple(_module(each["type"], each["path"], name) for each in listed)
+    except (TypeError, KeyError, AttributeError):
+        raise BrokenModel(name=name, reason=f"{MODULES} is damaged", hint="Download the model again.") from None
+    if not modules or modules[0].kind != "Transformer":
+        raise UnsupportedModel(name=name, reason="its first module is not a Transformer")
+    return modules
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / "config_sentence_transformers.json").is_file()
+
+
+def _module(kind: str, path: str, name: str) -> Module:
+    last = kind.rsplit(".", 1)[-1]
+    if not kind.startswith(OWN_MODULES):
+        raise RemoteCode(name=name, reason=f"{MODULES} names {kind}")
+    if last not in WEIGHTED + WEIGHTLESS or not _is_known_path(kind.removesuffix(f".{last}")):
+        raise UnsupportedModel(name=name, reason=f"{MODULES} names {kind}")
+    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise UnsupportedModel(name=name, reason=f"{MODULES} names a path outside of the folder")
+    return Module(last, path)
+
+
+def _is_known_path(package: str) -> bool:
+    """The packages, old and new, that sentence-transformers writes for its own modules."""
+    return (
+        re.fullmatch(r"sentence_transformers\.(models|((base|sentence_transformer)\.)?modules)(\.\w+)?", package)
+        is not None
+    )
+
+
+def _refuse_code(transformer: Path, name: str) -> None:
+    for file in ("config.json", "tokenizer_config.json"):
+        path = transformer / file
+        if path.is_file() and read_json(path, name).get("auto_map"):
+            raise RemoteCode(name=name, reason=f"{file} has an auto_map")
+    if (transformer / "adapter_config.json").is_file():
+        hint = "Merge the adapter into its base model first (peft's merge_and_unload), and add the result."
+        raise UnsupportedModel(name=name, reason="it is an adapter of another model", hint=hint)
+
+
+def _matching(folder: Path, path: str, pattern: str) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in (folder / path).glob(pattern) if file.is_file()]
+
+
+def _weights(layout: Layout, module: Module) -> list[str]:
+    directory = layout.folder / module.path
+    chosen = choose_weights(file.name for file in directory.iterdir()) if directory.is_dir() else []
+    if not chosen:
+        raise MissingFile(
+            name=layout.name,
+            file=f"model.safetensors or pytorch_model.bin in {directory}",
+            hint="Weights of other frameworks (onnx, tensorflow, flax) are not read.",
+        )
+    missing = [file for file in chosen if not (directory / file).is_file()]
+    if missing:
+        raise MissingFile(name=layout.name, file=missing[0])
+    return [(PurePosixPath(module.path) / file).as_posix() for file in chosen]
