@@ -292,13 +292,14 @@ end;
 -- The round's record, in the transaction of its vectors: failures, truncations, figures; and the end of the flight.
 create function autoembed.settle(
     registration bigint, inflight bigint, handled jsonb[], written jsonb[],
-    failed jsonb[], failed_hashes bytea[], kinds text[], messages text[],
-    truncated jsonb[], truncated_tokens integer[], token_limit integer,
-    tokens bigint, claim_seconds double precision, encode_seconds double precision, write_seconds double precision)
+    failures jsonb,         -- [{"key", "hash" in hex, "kind", "message"}, …]
+    truncations jsonb,      -- [{"key", "tokens", "limit"}, …]
+    figures jsonb)          -- {"tokens", and the seconds in "claim", "encode", "write"}
 returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
+    bad integer := jsonb_array_length(failures);
 begin
     select * into r from autoembed.registration g where g.id = settle.registration;
     if r.id is null or not autoembed.owns(r.relation) then
@@ -308,17 +309,17 @@ begin
     delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
     delete from autoembed.failure f where f.registration = r.id and f.key = any (written);
     delete from autoembed.truncation f where f.registration = r.id and f.key = any (written);
-    perform autoembed.fail(r.id, u.key, u.hash, u.kind, u.message)
-    from unnest(failed, failed_hashes, kinds, messages) as u (key, hash, kind, message);
+    perform autoembed.fail(r.id, u.key, decode(u.hash, 'hex'), u.kind, u.message)
+    from jsonb_to_recordset(failures) as u (key jsonb, hash text, kind text, message text);
     insert into autoembed.truncation (registration, key, tokens, token_limit)
-    select r.id, u.key, u.tokens, settle.token_limit
-    from unnest(truncated, truncated_tokens) as u (key, tokens) where u.key = any (written)
-    on conflict do nothing;
+    select r.id, u.key, u.tokens, u."limit"
+    from jsonb_to_recordset(truncations) as u (key jsonb, tokens integer, "limit" integer)
+    where u.key = any (written);
     if cardinality(handled) > 0 then
         insert into autoembed.run (registration, model, embedded, failed, skipped, tokens, claim_seconds, encode_seconds, write_seconds)
-        values (r.id, r.model, cardinality(written), cardinality(settle.failed),
-                cardinality(handled) - cardinality(written) - cardinality(settle.failed),
-                settle.tokens, settle.claim_seconds, settle.encode_seconds, settle.write_seconds);
+        values (r.id, r.model, cardinality(written), bad, cardinality(handled) - cardinality(written) - bad,
+                (figures ->> 'tokens')::bigint, (figures ->> 'claim')::double precision,
+                (figures ->> 'encode')::double precision, (figures ->> 'write')::double precision);
     end if;
 end
 $$;

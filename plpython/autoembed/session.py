@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
+from orjson import Fragment, dumps
+
 from . import API_VERSION, __version__, batching, models, settings
 from .encoder import Encoder
 from .errors import AutoembedError, OtherModel
@@ -19,6 +21,8 @@ from .vectors import to_text
 
 MAX_BATCH = 512
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
+ENCODERS_OWN = (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+"""What the encoder's libraries raise. Not Exception: that would swallow a cancel, which is a plpy.SPIError."""
 QUOTES_NOTHING = ("25", "2D", "40", "42", "53", "54", "55", "57", "58", "XX")
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
 
@@ -114,7 +118,7 @@ class Session:
             )
         return known[name]
 
-    def encoder(self, name: str | None, fingerprint: str | None = None) -> Encoder:
+    def encoder(self, name: str | None) -> Encoder:
         """The loaded model of that name, loaded now if need be; again where its files have changed since."""
         current = settings.read()
         model = models.find(current, name)
@@ -153,15 +157,13 @@ class Session:
             if not limits.room(totals, 1):
                 break
             try:
-                Filler(
-                    self.database, column, self.encoder_of(column), totals, limits, batch, progress=report
-                ).run()
+                Filler(self.database, column, self.encoder_of(column), totals, limits, batch, progress=report).run()
             except AutoembedError as error:  # one column's model must not keep the others from being filled
                 trouble.append((column, error))
-        for column, error in trouble[1:]:
-            self.plpy.warning(f"{column.label} was not filled: {error}", hint=error.hint)
-        for column, error in trouble[:1]:
-            self.fail(f"{column.label} was not filled: {error}", error.sqlstate, error.hint)
+        for column, problem in trouble[1:]:
+            self.plpy.warning(f"{column.label} was not filled: {problem}", hint=problem.hint)
+        for column, problem in trouble[:1]:
+            self.fail(f"{column.label} was not filled: {problem}", problem.sqlstate, problem.hint)
 
     def encoder_of(self, column: Column) -> Callable[[], Encoder]:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
@@ -218,10 +220,11 @@ class Session:
         )
 
     def log(self, totals: Totals, seconds: float) -> None:
-        loaded = ", ".join(f"{name} on {encoder.device}" for name, encoder in self.models.items()) or "no model"
+        encoders = ", ".join(f"{name} on {encoder.device}" for name, encoder in self.models.items())
         self.plpy.log(
             f"autoembed: {totals.embedded} rows embedded, {totals.failed} failed, {totals.skipped} skipped, "
-            f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s ({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {loaded}"
+            f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s "
+            f"({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {encoders}"
         )
 
     # --- immediate mode ----------------------------------------------------------------------------------------
@@ -229,9 +232,7 @@ class Session:
     @interface
     def embed_rows(self, relation: int, target: str) -> None:
         """A statement's new rows, in one pass. What a model or a missing right prevents stays pending."""
-        plan = self.database.row(
-            "select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target]
-        )
+        plan = self.database.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
         if plan is None:
             return
         try:
@@ -242,8 +243,7 @@ class Session:
                     self.embed_new(plan, rows)
         except AutoembedError as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
-        except (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-            # the encoder's; not Exception, which would swallow a cancel
+        except ENCODERS_OWN as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
         except self.plpy.SPIError as error:
             if error.sqlstate[:2] in ("57", "40", "53", "25"):
@@ -259,7 +259,9 @@ class Session:
             prompt=encoder.model.prompts["document"],
             checkpoint=self.database.check_interrupts,
         )
-        good = [(row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)]
+        good = [
+            (row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)
+        ]
         self.database.complete(
             column,
             plan["generation"],
@@ -334,6 +336,10 @@ class Progress:
         self.plpy.notice(message)
 
 
+def json(value: Any) -> str:
+    return dumps(value).decode()
+
+
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -403,27 +409,23 @@ class SessionDatabase:
         return written
 
     def settle(self, column: Column, inflight: int, claim: Claim, result: Round, token_limit: int) -> None:
+        failures = [
+            {"key": Fragment(failed.key), "hash": failed.hash.hex(), "kind": failed.kind, "message": failed.message}
+            for failed in result.failed
+        ]
+        truncations = [
+            {"key": Fragment(key), "tokens": tokens, "limit": token_limit} for key, tokens in result.truncated
+        ]
+        figures = {
+            "tokens": result.tokens,
+            "claim": result.claim_seconds,
+            "encode": result.encode_seconds,
+            "write": result.write_seconds,
+        }
         self.execute(
-            "select autoembed.settle($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
-            ["int8", "int8", "jsonb[]", "jsonb[]", "jsonb[]", "bytea[]", "text[]", "text[]"]
-            + ["jsonb[]", "int4[]", "int4", "int8", "float8", "float8", "float8"],
-            [
-                column.registration,
-                inflight,
-                claim.keys,
-                result.written,
-                [failed.key for failed in result.failed],
-                [failed.hash for failed in result.failed],
-                [failed.kind for failed in result.failed],
-                [failed.message for failed in result.failed],
-                [key for key, _ in result.truncated],
-                [tokens for _, tokens in result.truncated],
-                token_limit,
-                result.tokens,
-                result.claim_seconds,
-                result.encode_seconds,
-                result.write_seconds,
-            ],
+            "select autoembed.settle($1, $2, $3, $4, $5, $6, $7)",
+            ["int8", "int8", "jsonb[]", "jsonb[]", "jsonb", "jsonb", "jsonb"],
+            [column.registration, inflight, claim.keys, result.written, *map(json, (failures, truncations, figures))],
         )
 
     def forget(self, inflight: int) -> None:
