@@ -1,0 +1,51 @@
+"""The plugin with the rig's fixtures. A test module asks for it by `pytest_plugins = ["support.rig"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.rigging import Rig, add_stub
+from support.server import Server
+
+
+def make_rig(directory: Path, base: dict[str, str], settings: dict[str, object]) -> Rig:
+    rig = Rig(directory)
+    for name, dimensions in (("stub-384", 384), ("stub-other", 384), ("stub-16", 16)):
+        add_stub(rig.models, name, dimensions=dimensions)
+    rig.server = Server(directory / "server", rig.environment(base), settings)
+    rig.server.create()
+    return rig
+
+
+@pytest.fixture(scope="session")
+def shared_rig(backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    rig = make_rig(tmp_path_factory.mktemp("rigs") / "shared", backend_coverage, {"max_connections": 50})
+    yield rig
+    rig.server.destroy()
+
+
+@pytest.fixture
+def rig(shared_rig: Rig) -> Iterator[Rig]:
+    """The shared rig, with nothing wrong yet. A module that fills it overrides `server` with the rig's."""
+    shared_rig.reset()
+    yield shared_rig
+    shared_rig.reset()
+
+
+@pytest.fixture
+def own_rig(backend_coverage: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """own_rig(settings={...}): a rig of the test's own, durable and free to crash."""
+    made: list[Rig] = []
+
+    def make(settings: dict[str, object] | None = None) -> Rig:
+        options = {"fsync": "on", "restart_after_crash": "on", **(settings or {})}
+        made.append(make_rig(tmp_path / f"rig{len(made)}", backend_coverage, options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.reset()
+        each.server.destroy()

@@ -1,0 +1,165 @@
+"""A server whose encoder a test can slow down, hold and kill (see faults/sitecustomize.py)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from psycopg import sql
+
+from autoembed import manifest as manifests
+from autoembed.manifest import Manifest, Origin
+from support.server import Connection, Server, wait_until
+
+FAULTS = Path(__file__).parent / "faults"
+Row = tuple[Any, ...]
+
+
+def add_stub(directory: Path, name: str, *, dimensions: int = 384, weights: str = "") -> Path:
+    """Registers a model that has no weights: the faults' encoder serves it."""
+    folder = directory / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_text(weights or name)
+    manifest = Manifest(
+        name=name,
+        architecture="stub",
+        precision="float32",
+        dimensions=dimensions,
+        max_tokens=64,
+        position_limit=64,
+        normalizes=True,
+        prompts={"query": "query: ", "document": ""},
+        default_prompt=None,
+        origin=Origin("tests", None, {}, {}),
+        converted=[],
+        assumed=[],
+        tools={},
+        added="",
+        files=manifests.describe(folder, ["model.safetensors"]),
+    )
+    manifests.write(folder, manifest)
+    return folder
+
+
+class Rig:
+    """The files that the encoders of one server obey."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.models = directory / "models"
+        directory.mkdir()
+        self.models.mkdir()
+        self.server: Server
+
+    def environment(self, base: dict[str, str]) -> dict[str, str]:
+        paths = [str(FAULTS), *filter(None, [base.get("PYTHONPATH")])]
+        return base | {
+            "PYTHONPATH": ":".join(paths),
+            "AUTOEMBED_FAULTS": str(self.directory),
+            "EMBEDDING_MODEL_DIR": str(self.models),
+            "EMBEDDING_MODEL_NAME": "stub-384",
+        }
+
+    def reset(self) -> None:
+        for name in ("pace", "hold", "kill", "encoding"):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def pace(self, seconds: float) -> None:
+        (self.directory / "pace").write_text(str(seconds))
+
+    def kill_at(self, word: str) -> None:
+        (self.directory / "kill").write_text(word)
+
+    def encodings(self) -> list[int]:
+        """The process of each micro-batch so far."""
+        try:
+            lines = (self.directory / "encoding").read_text().splitlines()
+        except FileNotFoundError:
+            return []
+        return [int(line.split()[0]) for line in lines]
+
+    def wait_for_encoding(self, micro_batches: int = 1, workers: int = 1) -> None:
+        wait_until(lambda: len(self.encodings()) >= micro_batches and len(set(self.encodings())) >= workers)
+
+    @contextmanager
+    def encoding(self, connection: Connection, *, workers: int = 1, **options: object) -> Iterator[Filling]:
+        """While the block runs, a fill has claimed its rows and is encoding them; afterwards it has ended."""
+        self.reset()
+        (self.directory / "hold").touch()
+        filling = Filling(connection, **options)
+        try:
+            self.wait_for_encoding(workers=workers)
+            yield filling
+        finally:
+            (self.directory / "hold").unlink(missing_ok=True)
+            filling.wait()
+
+
+class Filling:
+    """A fill in a thread of its own."""
+
+    def __init__(self, connection: Connection, **options: object) -> None:
+        self.connection = connection
+        self.pid = connection.info.backend_pid
+        self.future: Future[Row] = Future()
+        self.thread = threading.Thread(target=self._run, args=(options,), daemon=True)
+        self.thread.start()
+
+    def _run(self, options: dict[str, object]) -> None:
+        try:
+            self.future.set_result(fill(self.connection, **options))
+        except BaseException as error:  # noqa: BLE001 -- it is the result
+            self.future.set_exception(error)
+
+    def wait(self) -> None:
+        self.future.exception(timeout=60)
+        self.thread.join()
+
+    @property
+    def result(self) -> Row:
+        """embedded, failed, skipped; raises what the call raised."""
+        return self.future.result(timeout=60)
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+
+def fill(connection: Connection, **options: object) -> Row:
+    """Calls embed_pending; returns embedded, failed, skipped."""
+    arguments = sql.SQL(", ").join(sql.SQL("{} => {}").format(sql.Identifier(k), v) for k, v in options.items())
+    row = connection.execute(sql.SQL("call embed_pending({})").format(arguments)).fetchone()
+    assert row is not None
+    return row
+
+
+def scalar(connection: Connection, query: str, *parameters: object) -> Any:
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row[0]
+
+
+def rows(connection: Connection, query: str, *parameters: object) -> list[Row]:
+    return connection.execute(query, parameters).fetchall()
+
+
+def pending(connection: Connection, relation: str = "knowledge") -> int:
+    return int(scalar(connection, f"select count(*) from {relation} where embedding is null"))
+
+
+def leftovers(connection: Connection) -> dict[str, int]:
+    """What a call must not leave behind, whatever happened to it; empty when all is well."""
+    counted = {
+        "advisory locks": "select count(*) from pg_locks l join pg_database d on d.oid = l.database"
+        " where l.locktype = 'advisory' and d.datname = current_database()",
+        "inflight rows": "select count(*) from autoembed.inflight",
+        "twins": "select count(*) from autoembed.inflight_twin",
+        "suspects": "select count(*) from autoembed.suspect",
+        "failures": "select count(*) from autoembed.failure",
+    }
+    found = {name: scalar(connection, query) for name, query in counted.items()}
+    return {name: count for name, count in found.items() if count}
