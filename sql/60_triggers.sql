@@ -198,7 +198,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
     target name := autoembed.target_name(registration);
-    place name := (select c.relnamespace::regnamespace from pg_class c where c.oid = s.relation);
+    place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
     table_name name := (select c.relname from pg_class c where c.oid = s.relation);
     index name := left(table_name, 28) || '_' || left(target, 20) || '_pending';
     n integer := 1;

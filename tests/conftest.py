@@ -56,7 +56,12 @@ def backend_coverage(pytestconfig: pytest.Config) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def server_environment(model_dir: Path, backend_coverage: dict[str, str]) -> dict[str, str]:
-    return {"EMBEDDING_MODEL_DIR": str(model_dir), "EMBEDDING_MODEL_NAME": "all-MiniLM-L6-v2", **backend_coverage}
+    return {
+        "EMBEDDING_MODEL_DIR": str(model_dir),
+        "EMBEDDING_MODEL_NAME": "all-MiniLM-L6-v2",
+        "EMBEDDING_THREADS": "1",  # several backends encode at once, beside the tests' own oracle
+        **backend_coverage,
+    }
 
 
 @pytest.fixture(scope="session")
