@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from autoembed import layout as layouts
-from autoembed.errors import DownloadFailed
+from autoembed.errors import AutoembedError, DownloadFailed
 from autoembed.manifest import DOCUMENTS
 
 DEFAULT_OWNER = "sentence-transformers"
@@ -34,14 +34,18 @@ def repository(name: str) -> str:
 @contextmanager
 def download(name: str, revision: str | None) -> Iterator[Snapshot]:
     """The model's files, for as long as the context lasts."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     with tempfile.TemporaryDirectory(prefix="autoembed-") as folder:
         try:
             snapshot = _fetch(repository(name), revision, Path(folder))
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            raise DownloadFailed(name=name, reason=f"{type(error).__name__}: {error}", hint=HINT) from None
+        except AutoembedError:
+            raise
+        except Exception as error:  # whatever the hub's client and the network come up with
+            raise DownloadFailed(name=name, reason=_first_line(error), hint=HINT) from error
         yield snapshot
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 def _fetch(repo: str, revision: str | None, folder: Path) -> Snapshot:

@@ -1,0 +1,67 @@
+"""An encoder without a model: what batching does with its texts can be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from autoembed.encoder import Encoded
+from autoembed.models import Model
+
+MODEL = Model(
+    name="fake",
+    path=Path("/nowhere"),
+    dimensions=4,
+    max_tokens=100,
+    fingerprint="0" * 64,
+    architecture="fake",
+    precision="float32",
+    normalizes=True,
+    prompts={"query": "", "document": ""},
+    default_prompt=None,
+    bytes=0,
+)
+
+
+def vector_of(text: str) -> np.ndarray:
+    """One that only this text has."""
+    seed = np.random.default_rng(list(text.encode()) or [0])
+    vector = seed.standard_normal(MODEL.dimensions).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+class FakeEncoder:
+    """A token a letter. `fault` sees every micro-batch before it is encoded; `bend` changes a text's vector."""
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        fault: Callable[[Sequence[str]], None] = lambda _: None,
+        bend: Callable[[str, np.ndarray], np.ndarray] = lambda _, vector: vector,
+        count_fault: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
+        self.model = replace(MODEL)
+        self.max_texts = 8
+        self.token_budget = 200
+        self.batches: list[list[str]] = []
+        self.fault, self.bend, self.count_fault = fault, bend, count_fault
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        self.count_fault(texts)
+        return [len(text) for text in texts]
+
+    def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
+        self.batches.append(list(texts))
+        self.fault(texts)
+        vectors = np.empty(len(texts), dtype=object)
+        for row, text in enumerate(texts):
+            vectors[row] = self.bend(text, vector_of(prompt + text))
+        tokens = [len(prompt + text) for text in texts]
+        return Encoded(vectors, tokens, [count > self.model.max_tokens for count in tokens])
+
+    def close(self) -> None:
+        pass
