@@ -6,7 +6,7 @@ use_postgres
 SOURCE_RELEASE=trixie
 
 have_pgvector() { [ -f "$SHAREDIR/extension/vector.control" ]; }
-have_build_tools() { [ -f "$("$PG_CONFIG" --pgxs)" ] && command -v gcc make dpkg-source >/dev/null; }
+have_build_tools() { [ -f "$("$PG_CONFIG" --includedir-server)/postgres.h" ] && type gcc make dpkg-source >/dev/null 2>&1; }
 
 install_package() {
     local package

@@ -17,9 +17,12 @@ check_python() {
 
 # The local version (+cpu) makes sure that no index, whichever answers, brings the CUDA build unasked.
 install_torch() {
-    pip_in "$1" install --no-deps "torch==$TORCH_VERSION" 2>/dev/null ||
-        pip_in "$1" install --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX"
+    pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" 2>/dev/null ||
+        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX"
 }
+
+# On all cores, which pip does not; some packages carry templates that are no Python. -s: sources are elsewhere soon.
+compile_all() { "$1/bin/python" -m compileall -q -j "${JOBS:-0}" -s "$1" -p "$SITE" "$1/lib" >/dev/null || true; }
 
 install_dependencies() {
     local stage
@@ -29,7 +32,8 @@ install_dependencies() {
     "$PYTHON" -m venv "$stage"
     install_torch "$stage"
     requirements dependencies >"$stage/requirements.txt"
-    pip_in "$stage" install setuptools "torch==$TORCH_VERSION" -r "$stage/requirements.txt"
+    pip_in "$stage" install --no-compile setuptools "torch==$TORCH_VERSION" -r "$stage/requirements.txt"
+    compile_all "$stage"
     # Their first lines name the staging directory; nobody needs them.
     find "$stage/bin" -type f -delete
     echo "$1" >"$stage/dependencies.stamp"
