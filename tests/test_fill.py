@@ -26,18 +26,6 @@ def server(rig: Rig) -> Server:
     return rig.server
 
 
-@pytest.fixture
-def declared(db: Connection, knowledge: Knowledge) -> Callable[..., str]:
-    """As knowledge, and the column is declared."""
-
-    def make(count: int = 5, **options: object) -> str:
-        name = knowledge(count, **options)
-        db.execute("select embed_column(%s::regclass, 'content'::name)", [name])
-        return name
-
-    return make
-
-
 def loaded_modules(connection: Connection) -> set[str]:
     """Which of the heavy modules a backend has imported."""
     connection.execute(
@@ -52,7 +40,7 @@ def loaded_modules(connection: Connection) -> set[str]:
 # --- what is filled --------------------------------------------------------------------------------------------
 
 
-def test_fills_all_and_says_how_many(db: Connection, declared: Callable[..., str]) -> None:
+def test_fills_all_and_says_how_many(db: Connection, declared: Knowledge) -> None:
     declared(70)
     assert fill(db) == (70, 0, 0)
     assert pending(db) == 0
@@ -60,14 +48,14 @@ def test_fills_all_and_says_how_many(db: Connection, declared: Callable[..., str
     assert leftovers(db) == {}
 
 
-def test_empty_queue_loads_no_model(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_empty_queue_loads_no_model(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(0, texts=["", " \n\t "])
     assert fill(db) == (0, 0, 0)
     assert rig.encodings() == []
     assert loaded_modules(db) == set()
 
 
-def test_empty_queue_is_cheap(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_empty_queue_is_cheap(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(0, texts=["", " "])
     fill(db)
     before = len(rig.server.log)
@@ -79,7 +67,7 @@ def test_empty_queue_is_cheap(db: Connection, declared: Callable[..., str], rig:
 
 
 @pytest.mark.parametrize("batch", [1, 32, 512])
-def test_batch_is_the_unit_of_commit(db: Connection, declared: Callable[..., str], batch: int) -> None:
+def test_batch_is_the_unit_of_commit(db: Connection, declared: Knowledge, batch: int) -> None:
     declared(70)
     assert fill(db, batch=batch) == (70, 0, 0)
     assert scalar(db, "select max(embedded) from autoembed.run") == min(batch, 70)
@@ -87,7 +75,7 @@ def test_batch_is_the_unit_of_commit(db: Connection, declared: Callable[..., str
 
 
 @pytest.mark.parametrize("batch", [0, -1, 513, 100_000, None])
-def test_batch_out_of_range_is_refused(db: Connection, declared: Callable[..., str], batch: int | None) -> None:
+def test_batch_out_of_range_is_refused(db: Connection, declared: Knowledge, batch: int | None) -> None:
     declared(1)
     with pytest.raises(errors.InvalidParameterValue, match="batch is") as caught:
         fill(db, batch=batch)
@@ -95,7 +83,7 @@ def test_batch_out_of_range_is_refused(db: Connection, declared: Callable[..., s
     assert pending(db) == 1
 
 
-def test_fills_in_key_order_up_to_max_rows(db: Connection, declared: Callable[..., str]) -> None:
+def test_fills_in_key_order_up_to_max_rows(db: Connection, declared: Knowledge) -> None:
     declared(20)
     assert fill(db, batch=3, max_rows=7) == (7, 0, 0)
     assert rows(db, "select id from knowledge where embedding is not null order by id") == [(n,) for n in range(1, 8)]
@@ -103,7 +91,7 @@ def test_fills_in_key_order_up_to_max_rows(db: Connection, declared: Callable[..
     assert fill(db, batch=3) == (13, 0, 0)
 
 
-def test_max_seconds_ends_the_call_after_a_batch(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_max_seconds_ends_the_call_after_a_batch(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(64)
     rig.pace(0.4)
     started = time.monotonic()
@@ -118,13 +106,13 @@ def test_max_seconds_ends_the_call_after_a_batch(db: Connection, declared: Calla
 
 
 @pytest.mark.parametrize("limit", ["max_rows", "max_seconds"])
-def test_negative_limits_are_refused(db: Connection, declared: Callable[..., str], limit: str) -> None:
+def test_negative_limits_are_refused(db: Connection, declared: Knowledge, limit: str) -> None:
     declared(1)
     with pytest.raises(errors.InvalidParameterValue, match=f"{limit} is -1"):
         fill(db, **{limit: -1})
 
 
-def test_null_and_blank_rows_are_nobodys_work(db: Connection, declared: Callable[..., str]) -> None:
+def test_null_and_blank_rows_are_nobodys_work(db: Connection, declared: Knowledge) -> None:
     blanks = ["", " ", "\n\t", " " * 300, " " * 70_000]
     declared(0, texts=["a text", *blanks])
     db.execute("insert into knowledge (content) values (null)")
@@ -133,7 +121,7 @@ def test_null_and_blank_rows_are_nobodys_work(db: Connection, declared: Callable
     assert leftovers(db) == {}
 
 
-def test_two_columns_of_one_table_by_two_models(db: Connection, declared: Callable[..., str]) -> None:
+def test_two_columns_of_one_table_by_two_models(db: Connection, declared: Knowledge) -> None:
     declared(5)
     db.execute("alter table knowledge add small vector(16)")
     db.execute("select embed_column('knowledge', 'content'::name, 'small', 'stub-16')")
@@ -191,7 +179,7 @@ def test_names_that_need_quoting(db: Connection) -> None:
     assert fill(db) == (2, 0, 0)
 
 
-def test_only_the_named_relation_is_filled(db: Connection, declared: Callable[..., str]) -> None:
+def test_only_the_named_relation_is_filled(db: Connection, declared: Knowledge) -> None:
     declared(3)
     declared(4, relation="other")
     assert fill(db, relation="other") == (4, 0, 0)
@@ -205,14 +193,14 @@ def test_relation_that_is_not_declared_is_refused(db: Connection, knowledge: Kno
     assert "embed_column" in (caught.value.diag.message_hint or "")
 
 
-def test_goes_on_where_another_call_ended(db: Connection, connect: Connect, declared: Callable[..., str]) -> None:
+def test_goes_on_where_another_call_ended(db: Connection, connect: Connect, declared: Knowledge) -> None:
     declared(20)
     assert fill(connect(), max_rows=5) == (5, 0, 0)
     assert fill(db) == (15, 0, 0)
     assert scalar(db, "select sum(embedded) from autoembed.run") == 20
 
 
-def test_same_text_same_vector(db: Connection, connect: Connect, declared: Callable[..., str]) -> None:
+def test_same_text_same_vector(db: Connection, connect: Connect, declared: Knowledge) -> None:
     declared(0, texts=["the same text", "another", "the same text"])
     fill(db, batch=2)
     db.execute("create table first as select * from knowledge")
@@ -225,7 +213,7 @@ def test_same_text_same_vector(db: Connection, connect: Connect, declared: Calla
 # --- paused, broken, changed -----------------------------------------------------------------------------------
 
 
-def test_paused_column_is_left_alone(db: Connection, declared: Callable[..., str]) -> None:
+def test_paused_column_is_left_alone(db: Connection, declared: Knowledge) -> None:
     declared(3)
     db.execute("select embed_column_set('knowledge', 'embedding', enabled => false)")
     assert fill(db) == (0, 0, 0)
@@ -279,7 +267,7 @@ def test_model_that_is_gone_stops_the_column(db: Connection, knowledge: Knowledg
 
 
 def test_one_broken_model_keeps_no_other_column_waiting(
-    db: Connection, declared: Callable[..., str], knowledge: Knowledge, doomed: Path
+    db: Connection, declared: Knowledge, knowledge: Knowledge, doomed: Path
 ) -> None:
     knowledge(2, relation="broken")
     db.execute("select embed_column('broken', 'content'::name, model => %s::text)", [doomed.name])
@@ -294,7 +282,7 @@ def test_one_broken_model_keeps_no_other_column_waiting(
 # --- what is recorded and said ---------------------------------------------------------------------------------
 
 
-def test_truncated_texts_are_recorded(db: Connection, declared: Callable[..., str]) -> None:
+def test_truncated_texts_are_recorded(db: Connection, declared: Knowledge) -> None:
     declared(0, texts=["short", "word " * 100, "word " * 200])
     assert fill(db) == (3, 0, 0)
     found = rows(db, "select key, tokens, token_limit from embedding_truncations order by tokens")
@@ -304,7 +292,7 @@ def test_truncated_texts_are_recorded(db: Connection, declared: Callable[..., st
     assert rows(db, "select key from embedding_truncations") == [({"id": 3},)]
 
 
-def test_run_holds_rows_tokens_and_seconds(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_run_holds_rows_tokens_and_seconds(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(0, texts=["one two three"] * 16)
     rig.pace(0.05)
     fill(db, batch=8)
@@ -316,7 +304,7 @@ def test_run_holds_rows_tokens_and_seconds(db: Connection, declared: Callable[..
     assert found == [(8, 0, 0, 40, "stub-384", True, True, True)] * 2
 
 
-def test_one_log_line_a_call(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_one_log_line_a_call(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(9)
     before = len(rig.server.log)
     fill(db, batch=3)
@@ -327,7 +315,7 @@ def test_one_log_line_a_call(db: Connection, declared: Callable[..., str], rig: 
     assert "stub-384 on cpu" in lines[0]
 
 
-def test_notices_say_how_far_it_is(db: Connection, declared: Callable[..., str], rig: Rig) -> None:
+def test_notices_say_how_far_it_is(db: Connection, declared: Knowledge, rig: Rig) -> None:
     declared(48)
     notices: list[str] = []
     db.add_notice_handler(lambda notice: notices.append(notice.message_primary or ""))
@@ -344,9 +332,7 @@ def test_notices_say_how_far_it_is(db: Connection, declared: Callable[..., str],
 # --- the caller's transaction and settings ---------------------------------------------------------------------
 
 
-def test_inside_a_transaction_it_is_refused_at_once(
-    connect: Connect, db: Connection, declared: Callable[..., str]
-) -> None:
+def test_inside_a_transaction_it_is_refused_at_once(connect: Connect, db: Connection, declared: Knowledge) -> None:
     declared(3)
     caller = connect(autocommit=False)
     with pytest.raises(errors.InvalidTransactionTermination) as caught:
@@ -369,7 +355,7 @@ end $$"""
 
 
 @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
-def test_isolation_is_restored(db: Connection, declared: Callable[..., str], isolation: str) -> None:
+def test_isolation_is_restored(db: Connection, declared: Knowledge, isolation: str) -> None:
     declared(3)
     db.execute(SEEN)
     db.execute("create trigger seen before update on knowledge for each row execute function seen()")
@@ -383,7 +369,7 @@ def test_isolation_is_restored(db: Connection, declared: Callable[..., str], iso
     assert scalar(db, "show transaction_isolation") == isolation
 
 
-def test_isolation_is_restored_inside_a_transaction(connect: Connect, declared: Callable[..., str]) -> None:
+def test_isolation_is_restored_inside_a_transaction(connect: Connect, declared: Knowledge) -> None:
     declared(3)
     caller = connect()
     caller.execute("set default_transaction_isolation = serializable")
@@ -407,7 +393,7 @@ def test_isolation_is_restored_when_a_model_is_broken(db: Connection, knowledge:
 SETTINGS = "select name, setting from pg_settings where name !~ '^transaction_' order by name"
 
 
-def test_no_setting_is_changed(db: Connection, declared: Callable[..., str]) -> None:
+def test_no_setting_is_changed(db: Connection, declared: Knowledge) -> None:
     declared(5)
     db.execute("set jit = on")
     db.execute("set synchronous_commit = off")
@@ -417,13 +403,13 @@ def test_no_setting_is_changed(db: Connection, declared: Callable[..., str]) -> 
     assert rows(db, SETTINGS) == before
 
 
-def test_works_without_the_interface_on_the_path(db: Connection, declared: Callable[..., str]) -> None:
+def test_works_without_the_interface_on_the_path(db: Connection, declared: Knowledge) -> None:
     declared(5)
     db.execute("set search_path = ''")
     assert db.execute("call public.embed_pending()").fetchone() == (5, 0, 0)
 
 
-def test_variables_of_plpgsql_take_the_totals(db: Connection, declared: Callable[..., str]) -> None:
+def test_variables_of_plpgsql_take_the_totals(db: Connection, declared: Knowledge) -> None:
     declared(5)
     db.execute("create table totals (e bigint, f bigint, s bigint)")
     db.execute(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from support.rigging import Rig, add_stub
-from support.server import Server
+from support.server import Connection, Server
 
 
 def make_rig(directory: Path, base: dict[str, str], settings: dict[str, object]) -> Rig:
@@ -49,3 +49,15 @@ def own_rig(backend_coverage: dict[str, str], tmp_path: Path) -> Iterator[Callab
     for each in made:
         each.reset()
         each.server.destroy()
+
+
+@pytest.fixture
+def declared(db: Connection, knowledge: Callable[..., str]) -> Callable[..., str]:
+    """As knowledge, and the column is declared."""
+
+    def make(count: int = 5, **options: object) -> str:
+        name = knowledge(count, **options)
+        db.execute("select embed_column(%s::regclass, 'content'::name)", [name])
+        return name
+
+    return make
