@@ -414,18 +414,18 @@ begin
     end if;
     foreach kind in array array['failure', 'truncation'] loop
         execute pg_catalog.format(
-            'with looked as (
-                 update autoembed.%1$I f set checked = pg_catalog.clock_timestamp()
+            'with oldest as materialized (
+                 select d.key, exists (select from %2$s t where %3$s) as there
                  from (select o.key from autoembed.%1$I o
                        where o.registration operator(pg_catalog.=) $1
                          and o.checked operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) ''1 minute''::pg_catalog.interval)
-                       order by o.checked limit 1000) o
-                 where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) o.key
-                 returning f.key
+                       order by o.checked limit 1000) d
+             ), gone as (
+                 delete from autoembed.%1$I f using oldest d
+                 where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and not d.there
              )
-             delete from autoembed.%1$I f using looked d
-             where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key
-               and not exists (select from %2$s t where %3$s)', kind, s.name, s.matching) using s.registration;
+             update autoembed.%1$I f set checked = pg_catalog.clock_timestamp() from oldest d
+             where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and d.there', kind, s.name, s.matching) using s.registration;
     end loop;
 end
 $$;
