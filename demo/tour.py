@@ -55,12 +55,8 @@ class Tour:
         self.screen.statement(statement)
         with stopwatch() as seconds:
             cursor = self.connection.execute(statement.rstrip().rstrip(";").encode())
-        self.screen.answer(self.outcome(cursor), seconds[0])
+        self.screen.answer(outcome(cursor), seconds[0])
         return cursor
-
-    def outcome(self, cursor: psycopg.Cursor) -> str:
-        status = cursor.statusmessage or ""
-        return re.sub(r"^SELECT (\d+)$", lambda rows: f"{rows[1]} row{'s' * (rows[1] != '1')}", status)
 
     def show(self, statement: str) -> list[tuple[Any, ...]]:
         """Runs a query and shows its rows as a table."""
@@ -79,6 +75,14 @@ class Tour:
         return sql.Literal(text).as_string(self.connection)
 
 
+def outcome(cursor: psycopg.Cursor) -> str:
+    """A command's tag; for a query how many rows it gave."""
+    rows = re.fullmatch(r"SELECT (\d+)", cursor.statusmessage or "")
+    if not rows:
+        return cursor.statusmessage or ""
+    return "1 row" if rows[1] == "1" else f"{rows[1]} rows"
+
+
 def introduce(tour: Tour) -> None:
     tour.screen.title("The PostgreSQL manual, embedded and searched inside the server")
     tour.run("create extension if not exists pg_autoembed cascade;")
@@ -87,19 +91,25 @@ def introduce(tour: Tour) -> None:
 
 def find_model(tour: Tour) -> None:
     tour.screen.title("A model that the server has on its disk")
-    if not model_dimensions(tour):
+    status, tour.dimensions = model_status(tour)
+    if not status:
         pull(tour)
-    tour.dimensions = model_dimensions(tour)
-    if not tour.dimensions:
-        raise DemoError(f"model {tour.model} was pulled, but the server does not find it: see `autoembed doctor`")
+        status, tour.dimensions = model_status(tour)
+    if status != "ready":
+        raise DemoError(f"model {tour.model} is in the server's model directory, but {status or 'not found there'}")
     tour.show(
         "select name, dimensions, max_tokens, architecture, precision from embedding_models\n"
         f"where name = {tour.quoted(tour.model)};"
     )
 
 
-def model_dimensions(tour: Tour) -> int:
-    return tour.value("select dimensions from embedding_models where name = %s and status = 'ready'", tour.model) or 0
+def model_status(tour: Tour) -> tuple[str, int]:
+    """'ready' and its dimensions, else what is wrong; nothing where there is no such model."""
+    query = "select concat_ws(': ', status, note), status = 'ready', dimensions from embedding_models where name = %s"
+    row = tour.connection.execute(query, [tour.model]).fetchone()
+    if not row:
+        return "", 0
+    return ("ready", row[2]) if row[1] else (row[0], 0)
 
 
 def pull(tour: Tour) -> None:
@@ -175,7 +185,9 @@ def declare(tour: Tour) -> None:
         "select embed_column('knowledge_base', array['context_header', 'chunk_text'],\n"
         f"                    model => {tour.quoted(tour.model)}, if_not_exists => true);"
     )
-    tour.run("select embed_index('knowledge_base');")
+    made = tour.run("select embed_index('knowledge_base');").fetchone()
+    if made and made[0]:
+        tour.screen.answer(f"made: {made[0]}")
 
 
 def fill(tour: Tour) -> None:

@@ -1,0 +1,1 @@
+"""The benchmarks that the README quotes: `bench/run [pipeline] [writes] [recall] [yardstick]`."""

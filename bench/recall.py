@@ -1,0 +1,125 @@
+"""Each section's title as the query: is one of the section's own chunks among the ten that are found?"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psycopg
+from demo.chunker import Topic, topics
+
+from bench.corpus import corpus, create, fill
+from bench.database import SCHEMA, BenchError, connect, model_dimensions, quoted, run, seconds, settle, value, versions
+from bench.pipeline import declare
+from bench.report import Table, machine
+
+K = 10
+INDEXED, EXACT = "embed_search with the HNSW index", "embed_search, exact"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The chunks found for each topic, nearest first, and the seconds that the searches took."""
+
+    hashes: list[list[str]]
+    seconds: float
+
+    def recall(self, asked: Sequence[Topic], depth: int) -> float:
+        return sum(
+            bool(topic.chunk_hashes & set(hit[:depth])) for topic, hit in zip(asked, self.hashes, strict=True)
+        ) / len(asked)
+
+    def reciprocal_rank(self, asked: Sequence[Topic]) -> float:
+        ranks = (
+            next((1 / place for place, name in enumerate(hit, 1) if name in topic.chunk_hashes), 0.0)
+            for topic, hit in zip(asked, self.hashes, strict=True)
+        )
+        return sum(ranks) / len(asked)
+
+
+def recall(options: Namespace) -> Table:
+    with connect() as connection:
+        name = embedded_corpus(connection, options.model)
+        every = topics(corpus())
+        asked = every if options.topics >= len(every) else every[:: len(every) // options.topics]
+        names: dict[int, str] = dict(run(connection, f"select id, chunk_hash from {name}").fetchall())
+        found = {INDEXED: search(connection, name, asked, names)}
+        if not value(connection, "select sum(idx_scan) from pg_stat_user_indexes where indexrelname like %s", "%_hnsw"):
+            raise BenchError("the search did not use the HNSW index")
+        run(connection, "set enable_indexscan = off")
+        found[EXACT] = search(connection, name, asked, names)
+        return table(found, asked, len(names), f"{options.model}; {versions(connection)}")
+
+
+def embedded_corpus(connection: psycopg.Connection, model: str) -> str:
+    """The whole corpus, embedded; kept from run to run as long as chunks and model stay the same."""
+    name = f"{SCHEMA}.corpus"
+    if not is_current(connection, name, model):
+        create(connection, "corpus", model_dimensions(connection, model))
+        fill(connection, name, list(corpus()))
+        declare(connection, name, model)
+    run(connection, f"call embed_pending(32, '{name}')")
+    if left := value(connection, f"select count(*) from {name} where embedding is null"):
+        raise BenchError(f"{left} chunks have no vector: see embedding_failures")
+    settle(connection, name)
+    return name
+
+
+def is_current(connection: psycopg.Connection, name: str, model: str) -> bool:
+    if not value(connection, "select to_regclass(%s) is not null", name):
+        return False
+    declared = value(
+        connection,
+        "select model = %s and status = 'ready' from embedding_columns where relation = %s::regclass",
+        model,
+        name,
+    )
+    there = {row[0] for row in run(connection, f"select chunk_hash from {name}")}
+    return bool(declared) and there == {chunk.chunk_hash for chunk in corpus()}
+
+
+def search(connection: psycopg.Connection, name: str, asked: Sequence[Topic], names: dict[int, str]) -> Found:
+    hashes: list[list[str]] = []
+
+    def ask_all() -> None:
+        for topic in asked:
+            query = f"select (key->>'id')::bigint from embed_search('{name}', {quoted(connection, topic.title)}, {K})"
+            hashes.append([names[row[0]] for row in run(connection, query)])
+
+    took = seconds(ask_all)
+    run(connection, "select pg_stat_force_next_flush()")
+    return Found(hashes, took)
+
+
+def table(found: dict[str, Found], asked: Sequence[Topic], chunks: int, about: str) -> Table:
+    same = sum(len(set(a) & set(b)) for a, b in zip(found[INDEXED].hashes, found[EXACT].hashes, strict=True))
+    overlap = same / sum(len(hit) for hit in found[EXACT].hashes)
+    figures = {
+        name: {
+            "recall_at_1": hits.recall(asked, 1),
+            "recall_at_10": hits.recall(asked, K),
+            "mrr_at_10": hits.reciprocal_rank(asked),
+            "ms_per_search": 1000 * hits.seconds / len(asked),
+        }
+        for name, hits in found.items()
+    }
+    return Table(
+        title=f"Finding a section of the PostgreSQL manual by its title: {len(asked)} sections, {chunks} chunks",
+        columns=("search", "recall@1", "recall@10", "MRR@10", "ms a search"),
+        rows=tuple(
+            (
+                name,
+                f"{figure['recall_at_1']:.3f}",
+                f"{figure['recall_at_10']:.3f}",
+                f"{figure['mrr_at_10']:.3f}",
+                f"{figure['ms_per_search']:.1f}",
+            )
+            for name, figure in figures.items()
+        ),
+        notes=(
+            "found: a chunk of the section itself; one of a section inside or beside it does not count",
+            f"of the ten nearest chunks the index finds {overlap:.1%}",
+            about,
+            machine(),
+        ),
+        figures=figures | {"sections": len(asked), "chunks": chunks, "index_overlap": overlap},
+    )
