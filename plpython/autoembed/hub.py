@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from autoembed import layout as layouts
 from autoembed.errors import AutoembedError, DownloadFailed
 from autoembed.manifest import DOCUMENTS
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 DEFAULT_OWNER = "sentence-transformers"
 SMALL_FILES = ("*.json", "*.txt", "*.model", *DOCUMENTS)
@@ -48,24 +52,27 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
-def _fetch(repo: str, revision: str | None, folder: Path) -> Snapshot:
+def client() -> HfApi:
     from huggingface_hub import HfApi
 
-    found = HfApi().model_info(repo, revision=revision)
+    return HfApi()
+
+
+def _fetch(repo: str, revision: str | None, folder: Path) -> Snapshot:
+    api = client()
+    found = api.model_info(repo, revision=revision)
     commit = str(found.sha)
     files = [str(sibling.rfilename) for sibling in found.siblings or []]
-    _get(repo, commit, folder, [file for file in files if _is_small(file)])
+    _get(api, repo, commit, folder, [file for file in files if _is_small(file)])
     layout = layouts.inspect(folder, repo)
     weights = [file for module in layout.modules if module.has_weights for file in _weights(files, module.path)]
-    _get(repo, commit, folder, weights)
+    _get(api, repo, commit, folder, weights)
     return Snapshot(folder, repo, commit)
 
 
-def _get(repo: str, commit: str, folder: Path, files: list[str]) -> None:
-    from huggingface_hub import snapshot_download
-
-    if files:
-        snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=files)
+def _get(api: HfApi, repo: str, commit: str, folder: Path, files: list[str]) -> None:
+    if files:  # no pattern at all would mean every file
+        api.snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=files)
 
 
 def _is_small(file: str) -> bool:

@@ -15,7 +15,7 @@ from autoembed.encoder import Encoder
 from autoembed.settings import Settings
 
 # The checkout may be read-only for whoever runs the tests, and two cores may be busy.
-hypothesis.settings.register_profile("plain", database=None, deadline=None)
+hypothesis.settings.register_profile("plain", database=None, deadline=None, max_examples=50)
 hypothesis.settings.load_profile("plain")
 
 MAKERS: tuple[Callable[[Path], Path], ...] = (

@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
+from huggingface_hub import HfApi
 
 from autoembed import __version__, cli, hub, manifest, models
 from autoembed.settings import Settings
@@ -119,14 +121,15 @@ def published(folders: dict[str, Path], tmp_path: Path) -> Path:
     return folder
 
 
-def test_pull_takes_what_is_needed_and_records_the_commit(published: Path, tmp_path: Path) -> None:
+def test_pull_takes_what_is_needed_and_records_the_commit(
+    published: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with serving("sentence-transformers/minilm-768", published) as server:
-        environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
-        done = in_a_process(
-            "model", "pull", "minilm-768", "--dir", tmp_path / "models", "--revision", "main", **environment
-        )
-        assert done.returncode == 0, done.stderr
-    assert "minilm-768: added" in done.stdout
+        monkeypatch.setattr(hub, "client", lambda: HfApi(endpoint=server.address))
+        status, out, err = run("model", "pull", "minilm-768", "--revision", "main")
+    assert status == 0, err
+    assert "minilm-768: added" in out
     read = manifest.read(tmp_path / "models" / "minilm-768")
     assert (read.origin.source, read.origin.revision) == ("sentence-transformers/minilm-768", COMMIT)
     assert {"model.safetensors", "2_Dense/model.safetensors", "tokenizer.json"} <= set(server.asked)
@@ -135,7 +138,18 @@ def test_pull_takes_what_is_needed_and_records_the_commit(published: Path, tmp_p
     )
 
 
-def test_pull_without_a_hub_or_repository_says_so(tmp_path: Path, folders: dict[str, Path]) -> None:
+def test_pull_in_a_fresh_process(folders: dict[str, Path], tmp_path: Path) -> None:
+    with serving("owner/tiny", folders["tiny-codebert"]) as server:
+        environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "home")}
+        done = in_a_process(
+            "model", "pull", "owner/tiny", "--dir", tmp_path / "models", "--name", "codebert", **environment
+        )
+    assert done.returncode == 0, done.stderr
+    assert "converted: pytorch_model.bin to model.safetensors" in done.stdout
+    assert manifest.read(tmp_path / "models" / "codebert").origin.revision == COMMIT
+
+
+def test_pull_of_what_is_not_there_says_so(tmp_path: Path, folders: dict[str, Path]) -> None:
     with serving("somebody/else", folders["tiny-mpnet"]) as server:
         environment = {"HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path)}
         done = in_a_process("model", "pull", "owner/nothing", "--dir", tmp_path / "models", **environment)
@@ -143,9 +157,16 @@ def test_pull_without_a_hub_or_repository_says_so(tmp_path: Path, folders: dict[
     assert 'error: model "owner/nothing" could not be downloaded' in done.stderr
     assert "model add PATH" in done.stderr
     assert "Traceback" not in done.stderr
-    done = in_a_process("model", "pull", "owner/nothing", "--dir", tmp_path / "models", **environment)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+
+
+def test_an_unreachable_hub_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable() -> HfApi:
+        raise ConnectionError("no route\nand much more")
+
+    monkeypatch.setattr(hub, "client", unreachable)
+    status, _, err = run("model", "pull", "nothing")
+    assert status == 1
+    assert err.startswith('error: model "nothing" could not be downloaded: ConnectionError: no route\nhint: ')
 
 
 def test_names_on_the_hub() -> None:

@@ -20,7 +20,7 @@ import models_for_tests as made
 from autoembed import device, install, models, st_encoder
 from autoembed.batching import Failure, Vector, encode_all
 from autoembed.encoder import Encoder
-from autoembed.errors import BrokenModel, DeviceUnavailable, InvalidSetting
+from autoembed.errors import BrokenModel, DeviceUnavailable, InvalidSetting, MissingPackage, OutOfMemory
 from autoembed.settings import Settings
 
 NAMES = ("all-MiniLM-L6-v2", "minilm-768", "tiny-codebert", "tiny-bge-m3", "tiny-mpnet")
@@ -221,6 +221,36 @@ def test_what_cannot_be_loaded_is_a_broken_model(shelf: Settings, tmp_path: Path
     model = replace(models.find(shelf, "tiny-mpnet"), path=tmp_path)
     with pytest.raises(BrokenModel, match="tiny-mpnet"):
         st_encoder.StEncoder.load(model, shelf)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_weights_that_do_not_fit_are_a_lack_of_memory(
+    shelf: Settings, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(folder: Path, where: str) -> None:
+        raise error
+
+    monkeypatch.setattr(st_encoder, "open_folder", refuse)
+    with pytest.raises(OutOfMemory, match="do not fit"):
+        models.load(models.find(shelf, "tiny-mpnet"), shelf)
+
+
+def test_a_missing_package_is_named(shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(MissingPackage, match="sentence_transformers is not installed"):
+        models.load(models.find(shelf, "tiny-mpnet"), shelf)
+
+
+def test_a_failing_pass_gives_memory_back_and_raises(
+    load: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise MemoryError
+
+    encoder = load("tiny-mpnet")
+    monkeypatch.setattr(st_encoder, "encode_texts", refuse)
+    with pytest.raises(MemoryError):
+        encoder.encode(["text"])
 
 
 def test_the_device_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
