@@ -116,6 +116,48 @@ begin atomic
     join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = u.attnum and not a.attisdropped;
 end;
 
+-- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
+create function autoembed.is_text(type oid) returns boolean
+language sql stable
+begin atomic
+    with recursive base (oid) as (
+        select type
+        union all
+        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+    )
+    select exists (
+        select from base
+        where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
+           or exists (select from pg_catalog.pg_cast c
+                      where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
+end;
+
+create function autoembed.is_vector(type oid) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from pg_catalog.pg_type t
+        join pg_catalog.pg_depend d on d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
+        join pg_catalog.pg_extension e on e.oid = d.refobjid and e.extname = 'vector'
+        where t.oid = type and t.typname = 'vector');
+end;
+
+-- May sql over this relation be made from the registration? An owner can write his registrations by hand, and a
+-- superuser's look at embedding_progress runs what they say: so no column whose type or table runs code of its own.
+create function autoembed.is_sound(r autoembed.registration) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from pg_catalog.pg_class c
+        join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = (r).target and not a.attisdropped
+        where c.oid = (r).relation and c.relkind in ('r', 'p') and autoembed.is_vector(a.atttypid))
+      and (select count(*) = cardinality((r).sources) and coalesce(bool_and(autoembed.is_text(a.atttypid)), false)
+           from pg_catalog.pg_attribute a
+           where a.attrelid = (r).relation and a.attnum = any ((r).sources) and a.attnum > 0 and not a.attisdropped)
+      and not exists (select from pg_catalog.pg_partition_tree((r).relation) p join pg_catalog.pg_class c on c.oid = p.relid
+                      where c.relkind = 'f');
+end;
+
 -- null where the registration, its relation, a column or the key is gone
 create function autoembed.shape_of(registration bigint) returns autoembed.shape
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -125,6 +167,9 @@ declare
     k record;
 begin
     select * into r from autoembed.registration g where g.id = shape_of.registration;
+    if r.id is null or not autoembed.is_sound(r) then
+        return null;
+    end if;
     select format('%I.%I', n.nspname, c.relname), format('%I', a.attname), autoembed.type_name(a.atttypid), a.atttypmod,
            autoembed.column_names(r.relation, r.sources), format('%s.%I', c.oid::regclass, a.attname)
     into s.name, s.target, s.type, s.dimensions, s.sources, s.label
@@ -142,7 +187,7 @@ begin
     into k
     from autoembed.key_columns(r.relation) c;
 
-    if s.name is null or k.names is null or coalesce(cardinality(s.sources), 0) < cardinality(r.sources) then
+    if k.names is null then
         return null;
     end if;
     s.registration := r.id;

@@ -35,14 +35,16 @@ $$;
 
 -- Lock the relation against changes of its registration (those take SHARE ROW EXCLUSIVE, as CREATE TRIGGER does) and
 -- check it again: between two transactions it may have been dropped, renamed, given away or swapped for another.
--- Returns the shape of now, null where there is none any more; to make one from the catalogs each time would cost
--- more than the claim itself.
+-- Returns the shape of now, null where there is none any more, or one with another model: the caller would mix two
+-- models' vectors. To make a shape from the catalogs each time would cost more than the claim itself.
 create function autoembed.enter(s autoembed.shape) returns autoembed.shape
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    fingerprint text := s.fingerprint;
 begin
     if not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
         s := autoembed.shape_of(s.registration);
-        if s.relation is null or not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
+        if s.relation is null or s.fingerprint <> fingerprint or not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
             return null;
         end if;
     end if;
@@ -61,7 +63,7 @@ exception when undefined_table or invalid_schema_name or wrong_object_type then
 end
 $$;
 
--- Each change of a registration, and each renaming of its columns, makes a new generation.
+-- Each change of a registration, and each ALTER TABLE of its relation, makes a new generation.
 create function autoembed.is_current(s autoembed.shape) returns boolean
 language sql volatile
 begin atomic

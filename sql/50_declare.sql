@@ -40,22 +40,6 @@ begin
 end
 $$;
 
--- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
-create function autoembed.is_text(type oid) returns boolean
-language sql stable
-begin atomic
-    with recursive base (oid) as (
-        select type
-        union all
-        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
-    )
-    select exists (
-        select from base
-        where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
-           or exists (select from pg_catalog.pg_cast c
-                      where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
-end;
-
 create function autoembed.check_source(relation regclass, source name) returns smallint
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -90,9 +74,7 @@ begin
         raise exception using errcode = 'undefined_column',
             message = format('relation %s has no column %I', relation, target),
             hint = format('Add it: alter table %s add column %I vector(%s)', relation, target, coalesce(dimensions, 768));
-    elsif not exists (select from pg_type t join pg_depend d on d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
-                      join pg_extension e on e.oid = d.refobjid and e.extname = 'vector'
-                      where t.oid = a.atttypid and t.typname = 'vector') then
+    elsif not autoembed.is_vector(a.atttypid) then
         raise exception using errcode = 'datatype_mismatch',
             message = format('target column %I of %s is of type %s, not vector', target, relation, found_type),
             hint = format('Use a column of type vector(%s).', coalesce(dimensions, 768));

@@ -267,6 +267,7 @@ declare
     sources smallint[] := array(
         select a.attnum from unnest(arguments[6:]) with ordinality as u (name, n)
         join pg_attribute a on a.attrelid = relation and a.attname = u.name and not a.attisdropped order by n);
+    adopted autoembed.registration;
 begin
     if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 5
         or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false') then
@@ -276,7 +277,13 @@ begin
     end if;
     insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, row_trigger)
     values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean, trigger)
-    on conflict do nothing;
+    on conflict do nothing
+    returning * into adopted;
+    if adopted.id is not null and not autoembed.is_sound(adopted) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('%s cannot have an embedding column with these source and target columns', relation::regclass),
+            hint = 'Declare columns with embed_column, which says what is wrong.';
+    end if;
 end
 $$;
 
@@ -299,6 +306,9 @@ begin
     loop
         perform autoembed.adopt(trigger.oid);
     end loop;
+    -- a column of the key may have another name now
+    update autoembed.registration r set generation = r.generation + 1
+    where r.relation in (select d.objid from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
     for id in
         select r.id
         from autoembed.registration r
@@ -326,7 +336,6 @@ declare
 begin
     select * into r from autoembed.registration g where g.id = registration;
     former := (autoembed.arguments_of(r.row_trigger))[1];
-    update autoembed.registration g set generation = g.generation + 1 where g.id = r.id;
     perform autoembed.install_row_trigger(registration);
     for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
         execute format('drop trigger %I on %s', trigger, r.relation::regclass);

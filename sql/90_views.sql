@@ -22,39 +22,6 @@ from autoembed.registration r
 join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
 left join autoembed.models() m on m.name = r.model;
 
--- Counts for one column. Tables of up to 100,000 rows are counted; of larger ones 1,000 random pages are, and only
--- what is pending is exact, up to 100,000 rows, since the partial index holds just that.
-create function autoembed.counts(
-    registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
-language plpgsql volatile as $$
-declare
-    s autoembed.shape := autoembed.shape_of(registration);
-    pages bigint;
-    share double precision;
-    indexed bigint;
-begin
-    select autoembed.page_count(s.relation), autoembed.row_estimate(s.relation) into pages, total;
-    exact := total operator(pg_catalog.<=) 100000::bigint;
-    share := case when exact then 100 else least(100, 100 * 1000.0 / greatest(pages, 1)) end;
-    execute pg_catalog.format(
-        'select pg_catalog.count(*), pg_catalog.count(t.%1$s), pg_catalog.count(*) filter (where %2$s and %3$s) from %4$s t %5$s',
-        s.target, s.pending, autoembed.has_text(s.content), s.name,
-        case when not exact then pg_catalog.format('tablesample system (%s)', share) end)
-    into total, embedded, pending;
-    blank := total - embedded - pending;
-    if not exact then
-        total := total * 100 / share;
-        embedded := embedded * 100 / share;
-        pending := pending * 100 / share;
-        blank := blank * 100 / share;
-        indexed := autoembed.indexed_count(s);
-        if indexed <= 100000 then
-            pending := indexed;
-        end if;
-    end if;
-end
-$$;
-
 create function autoembed.has_text(content text) returns text
 language sql immutable
 begin atomic
@@ -89,6 +56,39 @@ begin atomic
                     case when autoembed.page_count(relation) > 20000 then 100001 else 0 end)::bigint
     from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
     join pg_catalog.pg_class c on c.oid = l.oid;
+end;
+
+create function autoembed.count_rows(
+    s autoembed.shape, percent double precision, out rows bigint, out filled bigint, out waiting bigint)
+language plpgsql volatile as $$
+begin
+    execute pg_catalog.format(
+        'select pg_catalog.count(*), pg_catalog.count(t.%1$s), pg_catalog.count(*) filter (where %2$s and %3$s) from %4$s t %5$s',
+        s.target, s.pending, autoembed.has_text(s.content), s.name,
+        case when percent operator(pg_catalog.<) 100::pg_catalog.float8
+            then pg_catalog.format('tablesample system (%s)', percent) end)
+    into rows, filled, waiting;
+end
+$$;
+
+-- Counts for one column. Tables of up to 100,000 rows are counted; of larger ones 1,000 random pages are, and only
+-- what is pending is exact, up to 100,000 rows, since the partial index holds just that.
+create function autoembed.counts(
+    registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+language sql volatile
+begin atomic
+    with looked (s, percent) as materialized (
+        select s, case when autoembed.row_estimate(s.relation) <= 100000 then 100
+                  else least(100, 100 * 1000.0 / greatest(autoembed.page_count(s.relation), 1)) end::double precision
+        from autoembed.shape_of(registration) s
+    ), counted as materialized (
+        select c.*, l.percent / 100 as share, case when l.percent < 100 then autoembed.indexed_count(l.s) end as indexed
+        from looked l, autoembed.count_rows(l.s, l.percent) c
+    )
+    select (c.rows / c.share)::bigint, (c.filled / c.share)::bigint,
+           case when c.indexed <= 100000 then c.indexed else (c.waiting / c.share)::bigint end,
+           ((c.rows - c.filled - c.waiting) / c.share)::bigint, c.share = 1
+    from counted c;
 end;
 
 -- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp

@@ -21,10 +21,18 @@ from .vectors import to_text
 
 MAX_BATCH = 512
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
+COUNTED = 100_000
+"""As far as autoembed.indexed_count counts."""
 ENCODERS_OWN = (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 """What the encoder's libraries raise. Not Exception: that would swallow a cancel, which is a plpy.SPIError."""
 QUOTES_NOTHING = ("25", "2D", "40", "42", "53", "54", "55", "57", "58", "XX")
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
+
+EXTENSION_GONE = ("3F000", "42883", "42P01")
+RELEASE = """
+    select pg_catalog.pg_advisory_unlock(l), pg_catalog.pg_advisory_unlock_shared(l) from pg_catalog.unnest($1) l
+"""
+"""Where DROP EXTENSION has taken autoembed.release away; warns about locks that were not held, which it cannot know."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -327,9 +335,10 @@ class Progress:
         left = int(self.database.value("select autoembed.pending_count($1)", ["int8"], [column.registration]))
         self.database.commit()
         rate = totals.embedded / seconds
-        more = "more than " if left > 100_000 else ""
-        message = f"{column.label}: {totals.embedded} rows embedded, {more}{left} to go, {rate:.1f} rows/s"
-        if rate > 0:
+        known = left <= COUNTED
+        to_go = str(left) if known else f"more than {COUNTED}"
+        message = f"{column.label}: {totals.embedded} rows embedded, {to_go} to go, {rate:.1f} rows/s"
+        if known and rate > 0:
             message += f", {clock(left / rate)} left"
         if totals.failed:
             message += f", {totals.failed} failed"
@@ -429,10 +438,19 @@ class SessionDatabase:
         )
 
     def forget(self, inflight: int) -> None:
-        self.execute("select autoembed.forget($1)", ["int8"], [inflight])
+        try:
+            self.execute("select autoembed.forget($1)", ["int8"], [inflight])
+        except self.plpy.SPIError as error:
+            if error.sqlstate not in EXTENSION_GONE:
+                raise
 
     def release(self, locks: list[int]) -> None:
-        self.execute("select autoembed.release($1)", ["int8[]"], [locks])
+        try:
+            self.execute("select autoembed.release($1)", ["int8[]"], [locks])
+        except self.plpy.SPIError as error:
+            if error.sqlstate not in EXTENSION_GONE:
+                raise
+            self.execute(RELEASE, ["int8[]"], [locks])
 
     def recover(self, column: Column) -> None:
         self.execute("select autoembed.recover($1)", ["int8"], [column.registration])
