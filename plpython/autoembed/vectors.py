@@ -1,14 +1,18 @@
-"""What every vector must be before it is written, and pgvector's text form."""
+"""What every vector must be before it is written, and pgvector's text form.
+
+numpy is imported by the first vector: a call that finds nothing pending must not pay for it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import orjson
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from autoembed.models import Model
 
 NORM_TOLERANCE = 1e-3
@@ -16,12 +20,16 @@ NORM_TOLERANCE = 1e-3
 
 def to_text(vector: NDArray[np.float32]) -> str:
     """pgvector's text form; each number is the shortest that reads back as the same float32."""
+    import numpy as np
+
     contiguous = np.ascontiguousarray(vector, dtype=np.float32)
     return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY).decode("ascii")
 
 
 def problem(vector: NDArray[np.float32], model: Model) -> str | None:
     """Why this vector must not be written, or None."""
+    import numpy as np
+
     if vector.shape != (model.dimensions,):
         return f"the vector's shape is {vector.shape}, expected were {model.dimensions} dimensions"
     if not np.isfinite(vector).all():
