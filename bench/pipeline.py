@@ -28,6 +28,7 @@ from bench.database import (
     value,
     versions,
 )
+from bench.reference import sentence_transformer
 from bench.report import Table, machine, packages
 
 BATCH = 32
@@ -39,12 +40,10 @@ class Pipeline:
     """The script that one writes without the extension."""
 
     def __init__(self, connection: psycopg.Connection, table: str, model: str) -> None:
-        from sentence_transformers import SentenceTransformer
-
         register_vector(connection)
         self.connection, self.table = connection, table
         folder = Path(os.environ.get("EMBEDDING_MODEL_DIR", DEFAULT_MODELS)) / model
-        self.encoder = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        self.encoder = sentence_transformer(folder)
         self.encoder.encode(["warm"] * BATCH, batch_size=BATCH, show_progress_bar=False)
 
     def run(self) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from bench.corpus import content, corpus
+from bench.reference import sentence_transformer
 from bench.report import Table, machine, packages, state_folder
 
 LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 30527
@@ -163,9 +164,7 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def measure(folder: Path, texts: list[str]) -> dict[str, Measured]:
-    from sentence_transformers import SentenceTransformer
-
-    reference = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    reference = sentence_transformer(folder)
     found = {}
     for size in (BATCH, 8):
         encode = partial(reference.encode, batch_size=size, show_progress_bar=False)
