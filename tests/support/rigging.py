@@ -74,28 +74,37 @@ class Rig:
     def kill_at(self, word: str) -> None:
         (self.directory / "kill").write_text(word)
 
-    def encodings(self) -> list[int]:
-        """The process of each micro-batch so far."""
+    def encodings(self) -> list[tuple[int, int]]:
+        """Process and number of texts of each micro-batch so far."""
         try:
             lines = (self.directory / "encoding").read_text().splitlines()
         except FileNotFoundError:
             return []
-        return [int(line.split()[0]) for line in lines]
+        return [(int(pid), int(texts)) for pid, texts in (line.split() for line in lines)]
 
-    def wait_for_encoding(self, micro_batches: int = 1, workers: int = 1) -> None:
-        wait_until(lambda: len(self.encodings()) >= micro_batches and len(set(self.encodings())) >= workers)
+    def wait_for_encoding(self, pid: int, micro_batches: int = 1) -> None:
+        wait_until(lambda: sum(each == pid for each, _ in self.encodings()) >= micro_batches)
+
+    def hold(self, pid: int, micro_batch: int = 1) -> None:
+        """From this micro-batch of the session on."""
+        new = self.directory / "hold.new"
+        new.write_text(f"{pid} {micro_batch}")
+        new.rename(self.directory / "hold")
+
+    def let_go(self) -> None:
+        (self.directory / "hold").unlink(missing_ok=True)
 
     @contextmanager
-    def encoding(self, connection: Connection, *, workers: int = 1, **options: object) -> Iterator[Filling]:
+    def encoding(self, connection: Connection, **options: object) -> Iterator[Filling]:
         """While the block runs, a fill has claimed its rows and is encoding them; afterwards it has ended."""
         self.reset()
-        (self.directory / "hold").touch()
+        self.hold(connection.info.backend_pid)
         filling = Filling(connection, **options)
         try:
-            self.wait_for_encoding(workers=workers)
+            self.wait_for_encoding(filling.pid)
             yield filling
         finally:
-            (self.directory / "hold").unlink(missing_ok=True)
+            self.let_go()
             filling.wait()
 
 

@@ -3,7 +3,7 @@
 Models named stub-… get an encoder of a few lines, which starts in no time and goes wrong on given words. All encoders
 obey the files in the directory AUTOEMBED_FAULTS, which a test writes while the server runs:
     pace      seconds that each micro-batch takes longer
-    hold      encoding waits while this file is there
+    hold      "pid n": that backend's encoding waits from its n-th micro-batch on, while this file is there
     kill      a text with this word in it kills the backend
     encoding  written by the backends: a line for each micro-batch
 """
@@ -32,20 +32,26 @@ class Steered:
     def __init__(self, encoder: Any, directory: Path) -> None:
         self._encoder = encoder
         self._directory = directory
+        self._encoded = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
     def encode(self, texts: Sequence[str], prompt: str = "") -> Any:
+        self._encoded += 1
         with (self._directory / "encoding").open("a") as log:
             log.write(f"{os.getpid()} {len(texts)}\n")
         word = self._read("kill")
         if word and any(word in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(self._read("pace") or 0))
-        while (self._directory / "hold").exists():
+        while self._held():
             time.sleep(0.01)
         return self._encoder.encode(texts, prompt)
+
+    def _held(self) -> bool:
+        pid, first = self._read("hold").split() or ("0", "0")
+        return int(pid) == os.getpid() and self._encoded >= int(first)
 
     def _read(self, name: str) -> str:
         try:
