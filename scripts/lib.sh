@@ -76,7 +76,8 @@ state_dir() {
         real=/var/tmp/pg_autoembed-$(printf %s "$ROOT" | sha256sum | cut -c1-12)
     fi
     if [ "$(readlink -m "$link")" != "$real" ] || [ ! -d "$real" ]; then
-        rm -rf "$link"
+        [ -L "$link" ] || [ ! -d "$link" ] || die "the server's user cannot get at $link any more: remove it, then run make again"
+        rm -f "$link"
         mkdir -p "$real"
         [ "$real" = "$link" ] || ln -s "$real" "$link"
     fi

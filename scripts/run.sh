@@ -19,6 +19,6 @@ fetch_manual() {
 fetch_manual
 AUTOEMBED_DOC_DIR=$(dirname "$(find "$STATE/manual" -name index.html | head -n1)")
 AUTOEMBED_DSN=$("$ROOT/scripts/server.sh" dsn)
-export AUTOEMBED_DOC_DIR AUTOEMBED_DSN PYTHONDONTWRITEBYTECODE=1
+export AUTOEMBED_DOC_DIR AUTOEMBED_DSN AUTOEMBED_STATE=$STATE PYTHONDONTWRITEBYTECODE=1
 cd "$ROOT"
 exec "$STATE/venv/bin/python" "$1"

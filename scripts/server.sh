@@ -37,7 +37,7 @@ create() {
     as_server sh -c "umask 077; head -c 18 /dev/urandom | base64 >'$SERVER/password'"
     as_server "$BINDIR/initdb" -D "$SERVER/data" -U postgres --encoding=UTF8 --locale=C.UTF-8 --data-checksums \
         --auth-local=trust --auth-host=scram-sha-256 --pwfile="$SERVER/password" >/dev/null
-    echo "create database $DATABASE" | as_server "$BINDIR/postgres" --single -D "$SERVER/data" postgres >/dev/null
+    echo "create database $DATABASE" | as_server "$BINDIR/postgres" --single -c log_checkpoints=off -D "$SERVER/data" postgres >/dev/null
     echo "include 'private.conf'" | as_server tee -a "$SERVER/data/postgresql.conf" >/dev/null
 }
 
@@ -81,6 +81,7 @@ up() {
     has_extension || create_extension
     is_stamped "$SERVER/extension.stamp" "$(installed_sql)" ||
         say "the extension's SQL has changed since this server got it: 'make clean up' starts afresh"
+    say "the private server is up: $(dsn "$DATABASE")"
 }
 
 down() { if running; then pg_ctl -m fast stop; fi; }
