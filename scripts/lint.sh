@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# ruff, mypy, and shellcheck where there is one.
+# ruff, mypy, and shellcheck where there is one: all of them, also when the first finds something.
 source "$(dirname "$0")/lib.sh"
 
 STATE=$(state_dir)
 cd "$ROOT"
 PATH=$STATE/venv/bin:$PATH
 export RUFF_CACHE_DIR=$STATE/cache/ruff MYPY_CACHE_DIR=$STATE/cache/mypy
+STATUS=0
 
-ruff check --extend-exclude .pg,build .
-ruff format --check --extend-exclude .pg,build .
-mypy --strict plpython
-mypy tests
-if command -v shellcheck >/dev/null; then shellcheck -x -P scripts scripts/*.sh .ci/run; else say "no shellcheck here: shell not checked"; fi
+check() { "$@" || STATUS=1; }
+
+check ruff check --extend-exclude .pg,build .
+check ruff format --check --extend-exclude .pg,build .
+check mypy --strict plpython tests demo bench
+if command -v shellcheck >/dev/null; then check shellcheck -x -P scripts scripts/*.sh .ci/run; else say "no shellcheck: shell is not checked"; fi
+exit "$STATUS"

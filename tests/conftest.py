@@ -1,4 +1,4 @@
-"""Fixtures: one shared server a session, a fresh database a test, servers of one's own for what crashes or configures."""
+"""Fixtures: one shared server a session, a fresh database a test, servers of their own for tests that crash one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from pathlib import Path
 
 import coverage
 import pytest
-from models_for_tests import packaged_minilm
 from psycopg import sql
+
+from models_for_tests import packaged_minilm
 from support.server import DATABASE, Connection, Server, add_model
 
 SUPPORT = Path(__file__).parent / "support"
@@ -28,7 +29,9 @@ TEXTS = (
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0:
         pytest.exit("PostgreSQL does not run as root: use 'make test', which drops to another user", returncode=4)
-    for name in [name for name in os.environ if name.startswith(("EMBEDDING_", "PGHOST", "PGPORT", "PGUSER", "PGDATA"))]:
+    for name in [
+        name for name in os.environ if name.startswith(("EMBEDDING_", "PGHOST", "PGPORT", "PGUSER", "PGDATA"))
+    ]:
         del os.environ[name]
 
 
@@ -154,7 +157,7 @@ def role(db: Connection, database: Database) -> Callable[..., str]:
 
 @pytest.fixture
 def knowledge(db: Connection) -> Callable[..., str]:
-    """knowledge(rows=5, texts=(), relation="knowledge", dimensions=384): a table (id, content, embedding), not declared."""
+    """knowledge(rows=5, texts=(), relation="knowledge", dimensions=384): a table (id, content, embedding), undeclared."""
 
     def make(rows: int = 5, texts: Sequence[str] = (), relation: str = "knowledge", dimensions: int = 384) -> str:
         table = sql.Identifier(relation)

@@ -6,9 +6,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import psycopg
 import pytest
+
 from support.server import Connection, Server, site, wait_until
 
 IMPORTED_FROM = """
@@ -68,9 +69,10 @@ def test_killed_server_starts_again(make_server: Callable[..., Server]) -> None:
 
 def test_crashed_backend_restarts_all(make_server: Callable[..., Server]) -> None:
     own = make_server()
-    with own.connect() as connection, pytest.raises(psycopg.OperationalError):
+    with own.connect() as connection:
         os.kill(connection.info.backend_pid, 9)
-        connection.execute("select 1")
+        with pytest.raises(psycopg.OperationalError):
+            connection.execute("select 1")
     own.wait_until_ready()
     assert "all server processes terminated; reinitializing" in own.log
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import psycopg
 from port_for import get_port
 from pytest_postgresql.executors import PostgreSQLExecutor
@@ -34,7 +34,8 @@ def site() -> Path:
 
 def add_model(directory: Path, folder: Path, name: str) -> None:
     """Registers a model folder in a model directory, as an administrator does."""
-    command = [site() / "bin" / "python", "-I", "-m", "autoembed", "model", "add", folder, "--name", name]
+    python = str(site() / "bin" / "python")
+    command = [python, "-I", "-m", "autoembed", "model", "add", str(folder), "--name", name]
     subprocess.run(command, env={**os.environ, "EMBEDDING_MODEL_DIR": str(directory)}, check=True)
 
 
@@ -64,7 +65,7 @@ class Server:
         self.directory = directory
         self.environment = dict(environment)
         self.settings = dict(settings)
-        self.port = get_port(None)
+        self.port = get_port(None) or 0
         self.sockets = tempfile.mkdtemp(prefix="autoembed-")
         self._executor: Executor | None = None
 

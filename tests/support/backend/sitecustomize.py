@@ -25,11 +25,11 @@ def start_coverage() -> Any:
 measuring = start_coverage()
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
 def save(status: int, argument: object) -> None:
     measuring.stop()
     measuring.save()
 
 
 if measuring is not None:
-    ctypes.CDLL(None).on_exit(save, None)
+    at_exit = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(save)
+    ctypes.CDLL(None).on_exit(at_exit, None)
