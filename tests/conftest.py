@@ -157,7 +157,7 @@ def role(db: Connection, database: Database) -> Callable[..., str]:
 
 @pytest.fixture
 def knowledge(db: Connection) -> Callable[..., str]:
-    """knowledge(rows=5, texts=(), relation="knowledge", dimensions=384): a table (id, content, embedding), undeclared."""
+    """knowledge(rows=5, texts=(), relation="knowledge", dimensions=384): a table (id, content, embedding)."""
 
     def make(rows: int = 5, texts: Sequence[str] = (), relation: str = "knowledge", dimensions: int = 384) -> str:
         table = sql.Identifier(relation)
