@@ -34,13 +34,14 @@ install_dependencies() {
     requirements dependencies >"$stage/requirements.txt"
     pip_in "$stage" install --no-compile setuptools "torch==$TORCH_VERSION" -r "$stage/requirements.txt"
     compile_all "$stage"
-    # Their first lines name the staging directory; nobody needs them.
+    # Both name the staging directory, and nobody needs them.
     find "$stage/bin" -type f -delete
+    sed -i '/^command = /d' "$stage/pyvenv.cfg"
     echo "$1" >"$stage/dependencies.stamp"
     as_root rm -rf "$TARGET"
     as_root mkdir -p "$(dirname "$TARGET")"
     as_root mv "$stage" "$TARGET"
-    as_root chown -R root:root "$TARGET"
+    [ -n "${DESTDIR:-}" ] || as_root chown -R root:root "$TARGET"
 }
 
 # The wheel is built as the user, in a copy: a build by root leaves nothing behind in the checkout.
