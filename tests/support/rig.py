@@ -61,3 +61,12 @@ def declared(db: Connection, knowledge: Callable[..., str]) -> Callable[..., str
         return name
 
     return make
+
+
+@pytest.fixture(scope="module")
+def module_rig(backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    """A rig for a module whose tests crash it. What is not flushed at a commit is lost in a crash."""
+    settings = {"restart_after_crash": "on", "wal_writer_delay": "10s", "max_connections": 30}
+    rig = make_rig(tmp_path_factory.mktemp("rigs") / "module", backend_coverage, settings)
+    yield rig
+    rig.server.destroy()
