@@ -18,6 +18,7 @@ installed() { [ -x "$(find_pg_config)" ] && use_postgres && [ -x "$BINDIR/postgr
 has_plpython() { use_postgres && [ -f "$PKGLIBDIR/plpython3.so" ] && [ -f "$SHAREDIR/extension/plpython3u.control" ]; }
 has_venv() { "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null; }
 
+[ -z "${PG_CONFIG:-}" ] || [ -x "$PG_CONFIG" ] || die "PG_CONFIG=$PG_CONFIG is no program"
 installed && has_plpython && has_venv && exit 0
 
 say "packages of the system: PostgreSQL, PL/Python, venv"
