@@ -1,0 +1,321 @@
+"""embed_search and embed_index: the right rows in the right order, by the index, whatever the filter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from psycopg import errors, sql
+
+from conftest import Database
+from support.rigging import Rig, Row, add_stub, fill, rows, scalar
+from support.server import Connection, Server
+
+pytest_plugins = ["support.rig"]
+
+Knowledge = Callable[..., str]
+
+
+@pytest.fixture
+def server(rig: Rig) -> Server:
+    return rig.server
+
+
+@pytest.fixture
+def filled(db: Connection, declared: Knowledge) -> None:
+    """50 rows with vectors, one still without."""
+    declared(50)
+    fill(db)
+    db.execute("insert into knowledge (content) values ('waiting')")
+
+
+@pytest.fixture(scope="module")
+def big_database(shared_rig: Rig) -> Iterator[Database]:
+    """6,000 rows of 16 dimensions, an index, and topics of 1 % each."""
+    database = Database(shared_rig.server, "big")
+    database.create()
+    with shared_rig.server.connect("big") as db:
+        db.execute(
+            "create table big (id int primary key, content text, topic int, embedding vector(16));"
+            "select setseed(0.5);"
+            "insert into big select n, 'text ' || n, n % 100, (select array_agg(random() - 0.5)"
+            " from generate_series(1, 16) d where d + n > 0)::vector from generate_series(1, 6000) n"
+        )
+        db.execute("select embed_column('big', 'content'::name, model => 'stub-16')")
+        db.execute("select embed_index('big')")
+        db.execute("analyze big")
+    yield database
+    database.drop()
+
+
+@pytest.fixture
+def big(big_database: Database) -> Iterator[Connection]:
+    """A connection to it."""
+    with big_database.server.connect("big") as connection:
+        yield connection
+
+
+def search(connection: Connection, relation: str, query: str, **options: object) -> list[Row]:
+    given = [sql.SQL("{} => {}").format(sql.Identifier(name), value) for name, value in options.items()]
+    arguments = sql.SQL(", ").join([sql.Literal(relation), sql.Literal(query), *given])
+    return connection.execute(sql.SQL("select * from embed_search({})").format(arguments)).fetchall()
+
+
+def numbers(vector: str) -> NDArray[Any]:
+    return np.array(json.loads(vector))
+
+
+def oracle(
+    connection: Connection, relation: str, query: str, model: str, where: str = "true"
+) -> list[tuple[float, int]]:
+    """Distance and id of each row, nearest first, without the database's help."""
+    asked = numbers(scalar(connection, "select embed(%s, %s, 'query')::text", query, model))
+    found = []
+    for key, text in rows(
+        connection, f"select id, embedding::text from {relation} where embedding is not null and {where}"
+    ):
+        vector = numbers(text)
+        cosine = asked @ vector / (np.linalg.norm(asked) * np.linalg.norm(vector))
+        found.append((float(1 - cosine), int(key)))
+    return sorted(found)
+
+
+# --- what is found ---------------------------------------------------------------------------------------------
+
+
+def test_nearest_first_with_the_right_distances(db: Connection, filled: None) -> None:
+    found = search(db, "knowledge", "what is vacuum", k=50)
+    wanted = oracle(db, "knowledge", "what is vacuum", "stub-384")
+    assert [key["id"] for key, _, _ in found] == [key for _, key in wanted]
+    assert [distance for _, distance, _ in found] == pytest.approx([distance for distance, _ in wanted], abs=1e-5)
+    contents: dict[int, str] = dict(rows(db, "select id, content from knowledge"))
+    assert [content for _, _, content in found] == [contents[key["id"]] for key, _, _ in found]
+
+
+def test_ten_rows_by_default_and_never_more_than_there_are(db: Connection, filled: None) -> None:
+    assert len(search(db, "knowledge", "a query")) == 10
+    assert len(search(db, "knowledge", "a query", k=1)) == 1
+    assert len(search(db, "knowledge", "a query", k=1000)) == 50
+
+
+@pytest.mark.parametrize("k", [0, -1, 1001, None])
+def test_k_out_of_range(db: Connection, filled: None, k: int | None) -> None:
+    with pytest.raises(errors.InvalidParameterValue, match="k is") as caught:
+        search(db, "knowledge", "a query", k=k)
+    assert caught.value.diag.message_hint == "k is 1 to 1000."
+
+
+def test_null_query(db: Connection, filled: None) -> None:
+    with pytest.raises(errors.NullValueNotAllowed):
+        db.execute("select * from embed_search('knowledge', null)")
+
+
+def test_relation_that_is_not_declared(db: Connection, knowledge: Knowledge) -> None:
+    knowledge(1)
+    with pytest.raises(errors.UndefinedObject, match="not declared"):
+        search(db, "knowledge", "a query")
+    with pytest.raises(errors.UndefinedObject, match="not declared"):
+        db.execute("select embed_index('knowledge')")
+
+
+def test_query_is_encoded_once(db: Connection, filled: None, rig: Rig) -> None:
+    rig.reset()
+    search(db, "knowledge", "a query", k=50)
+    assert [texts for _, texts in rig.encodings()] == [1]
+
+
+def test_keys_have_their_columns_names(db: Connection) -> None:
+    db.execute('create table parts (b text, "A 1" int, title text, body text, vec vector(384), primary key ("A 1", b))')
+    db.execute("insert into parts values ('x', 1, 'head', 'tail', null)")
+    db.execute("select embed_column('parts', array['title', 'body']::name[], 'vec')")
+    fill(db)
+    ((key, _, content),) = search(db, "parts", "a query", target="vec")
+    assert key == {"A 1": 1, "b": "x"}
+    assert content == "head\ntail"
+
+
+def test_partitions_are_searched(db: Connection) -> None:
+    db.execute("create table parted (id int primary key, content text, embedding vector(384)) partition by hash (id)")
+    db.execute("create table part0 partition of parted for values with (modulus 2, remainder 0)")
+    db.execute("create table part1 partition of parted for values with (modulus 2, remainder 1)")
+    db.execute("insert into parted select g, 'text ' || g from generate_series(1, 20) g")
+    db.execute("select embed_column('parted', 'content'::name)")
+    fill(db)
+    db.execute("select embed_index('parted')")
+    found = search(db, "parted", "a query", k=20)
+    assert [key["id"] for key, _, _ in found] == [key for _, key in oracle(db, "parted", "a query", "stub-384")]
+
+
+@pytest.mark.parametrize("path", ["", "pg_catalog", "somewhere"])
+def test_any_search_path(db: Connection, filled: None, path: str) -> None:
+    db.execute("create schema somewhere")
+    db.execute("create function somewhere.embed(text, text, text) returns int language sql as 'select 1 / 0'")
+    db.execute("select set_config('search_path', %s, false)", [path])
+    assert (
+        len(rows(db, "select * from public.embed_search('public.knowledge', 'a query', filter => '{\"id\": 3}')")) == 1
+    )
+
+
+def test_model_that_changed_is_refused(db: Connection, knowledge: Knowledge, rig: Rig) -> None:
+    knowledge(3)
+    folder = add_stub(rig.models, f"stub-search-{len(list(rig.models.iterdir()))}")
+    db.execute("select embed_column('knowledge', 'content'::name, model => %s::text)", [folder.name])
+    fill(db)
+    (folder / "model.safetensors").unlink()
+    (folder / "autoembed.json").unlink()
+    folder.rmdir()
+    add_stub(rig.models, folder.name, weights="others")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="not the one"):
+        search(db, "knowledge", "a query")
+
+
+# --- filters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tagged(db: Connection, declared: Knowledge) -> None:
+    declared(12)
+    db.execute(
+        """alter table knowledge add topic text, add stars int, add live boolean, add tags jsonb, add "The day" date;
+           update knowledge set topic = (array['a', 'b''"\\', null])[id % 3 + 1], stars = id % 4, live = id % 2 = 0,
+               tags = jsonb_build_object('n', id % 2, 'list', jsonb_build_array(id)),
+               "The day" = date '2024-1-1' + id::int
+        """
+    )
+    fill(db)
+
+
+@pytest.mark.parametrize(
+    ("filter", "where"),
+    [
+        ({}, "true"),
+        ({"topic": "a"}, "topic = 'a'"),
+        ({"topic": "b'\"\\"}, "topic = 'b''\"\\'"),
+        ({"topic": None}, "topic is null"),
+        ({"topic": ["a", "none"]}, "topic in ('a', 'none')"),
+        ({"topic": []}, "false"),
+        ({"stars": 3}, "stars = 3"),
+        ({"stars": [1, 2]}, "stars in (1, 2)"),
+        ({"live": True}, "live"),
+        ({"The day": "2024-01-05"}, "\"The day\" = '2024-01-05'"),
+        ({"tags": {"n": 1}}, "tags @> '{\"n\": 1}'"),
+        ({"tags": {"list": [4]}}, "tags @> '{\"list\": [4]}'"),
+        ({"topic": "a", "live": False}, "topic = 'a' and not live"),
+        ({"id": 7}, "id = 7"),
+    ],
+    ids=str,
+)
+def test_filters(db: Connection, tagged: None, filter: dict[str, Any], where: str) -> None:  # noqa: A002
+    found = search(db, "knowledge", "a query", k=12, filter=json.dumps(filter))
+    wanted = oracle(db, "knowledge", "a query", "stub-384", where)
+    assert [key["id"] for key, _, _ in found] == [key for _, key in wanted]
+
+
+@pytest.mark.parametrize(
+    ("filter", "state"),
+    [
+        ('{"no such": 1}', "42703"),
+        ('{"topic": {"a": 1}}', "22023"),
+        ("[1]", "22023"),
+        ('"topic"', "22023"),
+        ('{"stars": "many"}', "22P02"),
+        ('{"topic = topic or true --": "a"}', "42703"),
+    ],
+)
+def test_filters_that_make_no_sense(db: Connection, tagged: None, filter: str, state: str) -> None:  # noqa: A002
+    with pytest.raises(errors.Error) as caught:
+        search(db, "knowledge", "a query", filter=filter)
+    assert caught.value.sqlstate == state
+
+
+# --- the index -------------------------------------------------------------------------------------------------
+
+
+def plans(connection: Connection, relation: str, **options: object) -> str:
+    """The plans of a search as they ran."""
+    said: list[str] = []
+    connection.add_notice_handler(lambda notice: said.append(notice.message_primary or ""))
+    for setting in ("log_min_duration = 0", "log_nested_statements = on", "log_level = 'notice'"):
+        connection.execute(f"load 'auto_explain'; set auto_explain.{setting}")
+    search(connection, relation, "a query", **options)
+    connection.execute("set auto_explain.log_min_duration = -1")
+    return "\n".join(said)
+
+
+def test_search_goes_by_the_index(big: Connection) -> None:
+    search(big, "big", "warm")
+    assert "Index Scan using big_embedding_hnsw" in plans(big, "big")
+
+
+@pytest.mark.parametrize("k", [10, 100, 300])
+def test_the_index_finds_what_is_nearest(big: Connection, k: int) -> None:
+    found = {key["id"] for key, _, _ in search(big, "big", "a query", k=k)}
+    wanted = {key for _, key in oracle(big, "big", "a query", "stub-16")[:k]}
+    assert len(found) == k
+    assert len(found & wanted) >= 0.9 * k
+
+
+@pytest.mark.parametrize(("filter", "count"), [('{"topic": 7}', 60), ('{"topic": [7, 8]}', 120), ('{"id": 77}', 1)])
+def test_filtered_search_finds_k_rows(big: Connection, filter: str, count: int) -> None:  # noqa: A002
+    for k in (10, 40):
+        found = search(big, "big", "a query", k=k, filter=filter)
+        assert len(found) == min(k, count)
+        assert [distance for _, distance, _ in found] == sorted(distance for _, distance, _ in found)
+
+
+def test_filtered_search_by_the_index_alone_finds_k_rows(big: Connection) -> None:
+    big.execute("set enable_seqscan = off; set enable_sort = off; set enable_bitmapscan = off")
+    assert "big_embedding_hnsw" in plans(big, "big", k=20, filter='{"topic": 7}')
+    found = search(big, "big", "a query", k=20, filter='{"topic": 7}')
+    assert len(found) == 20
+
+
+def test_search_leaves_its_settings_behind_nowhere(big: Connection) -> None:
+    big.execute("load 'vector'")
+    big.execute("begin")
+    big.execute("set hnsw.ef_search = 17")
+    search(big, "big", "a query", k=200, filter='{"topic": 7}')
+    assert scalar(big, "show hnsw.ef_search") == "17"
+    assert scalar(big, "select current_setting('hnsw.iterative_scan')") == "off"
+    big.execute("commit")
+    assert scalar(big, "show hnsw.ef_search") == "17"
+
+
+INDEX = "select indexdef from pg_indexes where tablename = 'knowledge' and indexdef like '%%hnsw%%'"
+
+
+def test_index_as_documented(db: Connection, filled: None) -> None:
+    statement = scalar(db, "select embed_index('knowledge')")
+    (definition,) = (row[0] for row in rows(db, INDEX))
+    assert "USING hnsw (embedding vector_cosine_ops) WITH (m='16', ef_construction='64')" in definition
+    assert statement.startswith("create index knowledge_embedding_hnsw on public.knowledge")
+    assert scalar(db, "select embed_index('knowledge')") is None
+    assert len(rows(db, INDEX)) == 1
+
+
+def test_index_with_other_parameters(db: Connection, filled: None) -> None:
+    db.execute("select embed_index('knowledge', m => 8, ef_construction => 200)")
+    assert "m='8', ef_construction='200'" in rows(db, INDEX)[0][0]
+
+
+def test_index_concurrently(db: Connection, filled: None) -> None:
+    statement = scalar(db, "select embed_index('knowledge', concurrent => true)")
+    assert rows(db, INDEX) == []
+    db.execute(statement)
+    assert len(rows(db, INDEX)) == 1
+
+
+@pytest.mark.parametrize(("m", "ef"), [(1, 64), (101, 500), (16, 31), (16, 1001), (None, 64)])
+def test_index_parameters_out_of_range(db: Connection, filled: None, m: int | None, ef: int) -> None:
+    with pytest.raises(errors.InvalidParameterValue, match="not possible"):
+        db.execute("select embed_index('knowledge', m => %s, ef_construction => %s)", [m, ef])
+
+
+def test_index_name_that_is_taken(db: Connection, filled: None) -> None:
+    db.execute("create table knowledge_embedding_hnsw ()")
+    db.execute("select embed_index('knowledge')")
+    assert len(rows(db, INDEX)) == 1
