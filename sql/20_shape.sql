@@ -38,6 +38,13 @@ begin atomic
         format('(%s)::pg_catalog.text collate pg_catalog."C"', expression));
 end;
 
+-- as many whole characters as fit
+create function autoembed.cut(name text, bytes integer) returns text
+language sql immutable
+begin atomic
+    select left(name, (select coalesce(max(n), 0) from generate_series(1, length(name)) n where octet_length(left(name, n)) <= bytes));
+end;
+
 create function autoembed.pending_condition(prefix text, target name, sources name[]) returns text
 language sql immutable
 begin atomic
@@ -50,6 +57,46 @@ create function autoembed.hash(content text) returns bytea
 language sql stable
 begin atomic
     select pg_catalog.sha256(convert_to(content, 'UTF8'));
+end;
+
+-- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
+create function autoembed.is_text(type oid) returns boolean
+language sql stable
+begin atomic
+    with recursive base (oid) as (
+        select type
+        union all
+        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+    )
+    select exists (
+        select from base
+        where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
+           or exists (select from pg_catalog.pg_cast c
+                      where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
+end;
+
+-- Its values must come back from jsonb's ->> as they went in, and must run no code of their own on the way.
+create function autoembed.is_scalar(type oid) returns boolean
+language sql stable
+begin atomic
+    with recursive base (oid) as (
+        select type
+        union all
+        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+    )
+    select not exists (
+        select from base join pg_catalog.pg_type t on t.oid = base.oid
+        where t.typcategory = 'A' or t.typtype in ('c', 'p') or t.oid in ('json'::regtype, 'jsonb'::regtype));
+end;
+
+create function autoembed.is_vector(type oid) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from pg_catalog.pg_type t
+        join pg_catalog.pg_depend d on d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
+        join pg_catalog.pg_extension e on e.oid = d.refobjid and e.extname = 'vector'
+        where t.oid = type and t.typname = 'vector');
 end;
 
 -- the primary key, or the smallest unique key without nulls, expressions or a predicate
@@ -86,12 +133,13 @@ begin atomic
 end;
 
 create function autoembed.key_columns(
-    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text)
+    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text, out scalar boolean)
 returns setof record
 language sql stable
 begin atomic
     select k.n - 1, a.attname, autoembed.type_name(a.atttypid),
-           autoembed.operator_of(opc.opcfamily, opc.opcintype, 3), autoembed.operator_of(opc.opcfamily, opc.opcintype, 5)
+           autoembed.operator_of(opc.opcfamily, opc.opcintype, 3), autoembed.operator_of(opc.opcfamily, opc.opcintype, 5),
+           autoembed.is_scalar(a.atttypid)
     from pg_catalog.pg_index i
     cross join lateral unnest((i.indkey::smallint[])[0 : i.indnkeyatts - 1], (i.indclass::oid[])[0 : i.indnkeyatts - 1])
         with ordinality as k (attnum, class, n)
@@ -116,32 +164,6 @@ begin atomic
     join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = u.attnum and not a.attisdropped;
 end;
 
--- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
-create function autoembed.is_text(type oid) returns boolean
-language sql stable
-begin atomic
-    with recursive base (oid) as (
-        select type
-        union all
-        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
-    )
-    select exists (
-        select from base
-        where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
-           or exists (select from pg_catalog.pg_cast c
-                      where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
-end;
-
-create function autoembed.is_vector(type oid) returns boolean
-language sql stable
-begin atomic
-    select exists (
-        select from pg_catalog.pg_type t
-        join pg_catalog.pg_depend d on d.classid = 'pg_type'::regclass and d.objid = t.oid and d.deptype = 'e'
-        join pg_catalog.pg_extension e on e.oid = d.refobjid and e.extname = 'vector'
-        where t.oid = type and t.typname = 'vector');
-end;
-
 -- May sql over this relation be made from the registration? An owner can write his registrations by hand, and a
 -- superuser's look at embedding_progress runs what they say: so no column whose type or table runs code of its own.
 create function autoembed.is_sound(r autoembed.registration) returns boolean
@@ -150,7 +172,7 @@ begin atomic
     select exists (
         select from pg_catalog.pg_class c
         join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = (r).target and not a.attisdropped
-        where c.oid = (r).relation and c.relkind in ('r', 'p') and autoembed.is_vector(a.atttypid))
+        where c.oid = (r).relation and c.relkind in ('r', 'p') and c.relpersistence <> 't' and autoembed.is_vector(a.atttypid))
       and (select count(*) = cardinality((r).sources) and coalesce(bool_and(autoembed.is_text(a.atttypid)), false)
            from pg_catalog.pg_attribute a
            where a.attrelid = (r).relation and a.attnum = any ((r).sources) and a.attnum > 0 and not a.attisdropped)

@@ -34,8 +34,8 @@ begin
             'Add one, for example: alter table … add column id bigint generated always as identity primary key.');
     elsif (select count(*) > 1 and not bool_and(coalesce(k.greater, '') = 'operator(pg_catalog.>)')
            from autoembed.key_columns(relation) k) or exists (
-           select from autoembed.key_columns(relation) k where k.equals is null or k.greater is null) then
-        perform autoembed.refuse(relation, 'its key has a type that cannot be ordered here', 'Use a key of built-in types.');
+           select from autoembed.key_columns(relation) k where k.equals is null or k.greater is null or not k.scalar) then
+        perform autoembed.refuse(relation, 'its key has a type that cannot serve here', 'Use a key of built-in scalar types, for example a bigint or a uuid.');
     end if;
 end
 $$;
@@ -112,6 +112,7 @@ begin
         raise exception using errcode = 'invalid_parameter_value',
             message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
     end if;
+    perform autoembed.check_relation(relation);
     -- against a second declaration at the same time, and against writers that would miss the new triggers
     execute format('lock table %s in share row exclusive mode', relation);
     select g.id into id
@@ -129,6 +130,10 @@ begin
     end if;
     perform autoembed.check_relation(relation);
     select * into m from autoembed.model(embed_column.model);
+    if (select count(distinct u) < count(*) from unnest(source) u) then
+        raise exception using errcode = 'duplicate_column',
+            message = format('the source of column %I of %s names a column twice', target, relation), hint = 'Name each source column once.';
+    end if;
     sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n) order by n);
     target_number := autoembed.check_target(relation, target, m.name, m.dimensions);
 
@@ -251,7 +256,7 @@ begin
     if not found then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
     end if;
-    perform autoembed.drop_triggers(r.relation, r.row_trigger, target);
+    perform autoembed.drop_triggers(r.relation, autoembed.row_trigger(r), target);
     perform autoembed.drop_pending_index(r.relation, r.target);
 end
 $$;

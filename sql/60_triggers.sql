@@ -101,6 +101,38 @@ begin atomic
           and t.tgfoid <> 'autoembed.invalidate()'::regprocedure);
 end;
 
+-- The registration's own trigger. By its oid, which outlives renaming; but pg_upgrade gives it another one.
+create function autoembed.row_trigger(r autoembed.registration) returns oid
+language sql stable
+begin atomic
+    select t.oid
+    from pg_catalog.pg_trigger t
+    where t.tgrelid = (r).relation and t.tgfoid = 'autoembed.invalidate()'::regprocedure
+      and (t.oid = (r).row_trigger
+           or (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text)
+    order by t.oid = (r).row_trigger desc nulls last
+    limit 1;
+end;
+
+-- The greatest name of the user's own row triggers before update, on the table or a partition: ours must be greater,
+-- since they fire in the order of their names.
+create function autoembed.last_trigger(relation oid) returns text
+language sql stable
+begin atomic
+    select max(t.tgname::text collate "C")
+    from pg_catalog.pg_trigger t
+    where (t.tgrelid = relation or t.tgrelid in (select p.relid from pg_catalog.pg_partition_tree(relation) p))
+      and not t.tgisinternal and t.tgtype & 19 = 19
+      and t.tgfoid <> 'autoembed.invalidate()'::regprocedure;
+end;
+
+create function autoembed.fires_last(r autoembed.registration) returns boolean
+language sql stable
+begin atomic
+    select coalesce(t.tgname::text collate "C" > autoembed.last_trigger((r).relation) collate "C", true)
+    from pg_catalog.pg_trigger t where t.oid = autoembed.row_trigger(r);
+end;
+
 create function autoembed.install(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
@@ -110,15 +142,15 @@ begin
 end
 $$;
 
--- '~' sorts behind all letters, and triggers fire in the order of their names: ours sees what the others made
 create function autoembed.install_row_trigger(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
-    id oid := (select r.row_trigger from autoembed.registration r where r.id = registration);
-    trigger name := coalesce((select t.tgname from pg_trigger t where t.oid = id),
-                             autoembed.free_trigger_name(s.relation, '~autoembed_' || autoembed.target_name(registration)));
+    r autoembed.registration;
+    trigger name;
 begin
+    select * into r from autoembed.registration g where g.id = install_row_trigger.registration;
+    trigger := autoembed.name_row_trigger(r);
     execute format(
         'create or replace trigger %I before update %s on %s for each row when (%s) execute function autoembed.invalidate(%s)',
         trigger,
@@ -132,9 +164,32 @@ begin
     -- also where session_replication_role is replica: a subscriber's vectors go stale like anybody's
     execute format('alter table %s enable always trigger %I', s.name, trigger);
     execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, s.name);
-    update autoembed.registration r
+    update autoembed.registration g
     set row_trigger = (select t.oid from pg_trigger t where t.tgrelid = s.relation and t.tgname = trigger)
-    where r.id = registration and r.row_trigger is null;
+    where g.id = r.id;
+end
+$$;
+
+-- '~' sorts behind all ascii letters; where a user's trigger sorts behind that, ours takes its name and adds one more.
+-- Renames the trigger that is there already.
+create function autoembed.name_row_trigger(r autoembed.registration) returns name
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    former name := (select t.tgname from pg_trigger t where t.oid = autoembed.row_trigger(r));
+    last text := autoembed.last_trigger(r.relation);
+    wanted name := coalesce(former, autoembed.free_trigger_name(
+        r.relation, '~autoembed_' || autoembed.column_name(r.relation, r.target)));
+begin
+    if wanted::text collate "C" <= last collate "C" then
+        if octet_length(last) > 58 then
+            perform autoembed.refuse(r.relation, format('no trigger can fire after %I', last), 'Give that trigger a shorter name.');
+        end if;
+        wanted := autoembed.free_trigger_name(r.relation, last || '~');
+    end if;
+    if former <> wanted then
+        execute format('alter trigger %I on %s rename to %I', former, r.relation::regclass, wanted);
+    end if;
+    return wanted;
 end
 $$;
 
@@ -147,12 +202,12 @@ end;
 create function autoembed.free_trigger_name(relation oid, wanted text) returns name
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-    candidate name := wanted;
+    candidate name := autoembed.cut(wanted, 63);
     n integer := 1;
 begin
     while exists (select from pg_trigger t where t.tgrelid = relation and t.tgname = candidate) loop
         n := n + 1;
-        candidate := left(wanted, 58) || n;
+        candidate := autoembed.cut(wanted, 58) || n;
     end loop;
     return candidate;
 end
@@ -182,7 +237,7 @@ begin
         return;
     end if;
     foreach event in array array['insert', 'update'] loop
-        trigger := autoembed.free_trigger_name(s.relation, format('~autoembed_%s_%s', left(target, 45), event));
+        trigger := autoembed.free_trigger_name(s.relation, format('~autoembed_%s_%s', autoembed.cut(target, 40), event));
         execute format(
             'create trigger %I after %s on %s referencing new table as autoembed_new for each statement execute function autoembed.embed_rows(%L)',
             trigger, event, s.name, target);
@@ -200,7 +255,8 @@ declare
     target name := autoembed.target_name(registration);
     place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
     table_name name := (select c.relname from pg_class c where c.oid = s.relation);
-    index name := left(table_name, 28) || '_' || left(target, 20) || '_pending';
+    stem text := autoembed.cut(table_name, 29) || '_' || autoembed.cut(target, 20);
+    index name := stem || '_pending';
     n integer := 1;
 begin
     if exists (select from autoembed.registration r, autoembed.pending_indexes(r.relation, r.target) where r.id = registration) then
@@ -208,7 +264,7 @@ begin
     end if;
     while to_regclass(format('%I.%I', place, index)) is not null loop
         n := n + 1;
-        index := left(table_name, 28) || '_' || left(target, 20) || '_pending' || n;
+        index := stem || '_pending' || n;
     end loop;
     execute format('create index %I on %s ((%s is null), %s) where %s', index, s.name, s.target,
                    (select string_agg(quote_ident(u), ', ' order by k.n) from unnest(s.key_names) with ordinality as k (u, n)),
@@ -312,14 +368,15 @@ begin
     for id in
         select r.id
         from autoembed.registration r
-        join pg_trigger t on t.oid = r.row_trigger
+        join pg_trigger t on t.oid = autoembed.row_trigger(r)
         where exists (
             select from pg_event_trigger_ddl_commands() d
             left join pg_trigger g on d.classid = 'pg_trigger'::regclass and g.oid = d.objid
             where coalesce(g.tgrelid, d.objid) = r.relation
                or coalesce(g.tgrelid, d.objid) in (select p.relid from pg_partition_tree(r.relation) p))
           and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments(r.id)
-               or t.tgattr::text <> '' and autoembed.needs_every_update(r.relation))
+               or t.tgattr::text <> '' and autoembed.needs_every_update(r.relation)
+               or not autoembed.fires_last(r))
     loop
         perform autoembed.follow(id);
     end loop;
@@ -335,7 +392,7 @@ declare
     trigger name;
 begin
     select * into r from autoembed.registration g where g.id = registration;
-    former := (autoembed.arguments_of(r.row_trigger))[1];
+    former := (autoembed.arguments_of(autoembed.row_trigger(r)))[1];
     perform autoembed.install_row_trigger(registration);
     for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
         execute format('drop trigger %I on %s', trigger, r.relation::regclass);
@@ -360,7 +417,7 @@ begin
         where not exists (select from pg_class c where c.oid = g.relation)
            or autoembed.column_name(g.relation, g.target) is null
            or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
-           or g.row_trigger is not null and not exists (select from pg_trigger t where t.oid = g.row_trigger)
+           or g.row_trigger is not null and autoembed.row_trigger(g) is null
         returning g.*, (autoembed.arguments_of(g.row_trigger))[1] as target_name
     loop
         continue when not exists (select from pg_class c where c.oid = r.relation);
@@ -371,7 +428,7 @@ end
 $$;
 
 create event trigger autoembed_on_ddl on ddl_command_end
-    when tag in ('CREATE TRIGGER', 'ALTER TABLE') execute function autoembed.on_ddl();
+    when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE') execute function autoembed.on_ddl();
 alter event trigger autoembed_on_ddl enable always;
 create event trigger autoembed_on_drop on sql_drop execute function autoembed.on_drop();
 alter event trigger autoembed_on_drop enable always;

@@ -240,13 +240,15 @@ end
 $$;
 
 -- Write the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for.
--- Returns the keys that were written; the others come again.
+-- Returns the keys that were written; the others come again. So does a row whose text one of the user's own triggers
+-- changed in this very write: the vector is the former text's, and goes at once.
 create function autoembed.complete(
     s autoembed.shape, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
 returns jsonb[]
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
     written jsonb[];
+    changed jsonb[];
 begin
     s := autoembed.enter(s);
     if s.relation is null or s.generation operator(pg_catalog.<>) generation then
@@ -261,11 +263,18 @@ begin
              for no key update of t skip locked
          ), written as (
              update %1$s as t set %3$s = d.vector::%5$s from free d where %2$s and t.%3$s is null
-             returning d.key
+             returning d.key, autoembed.hash(%4$s) operator(pg_catalog.=) (
+                 select e.hash from encoded e where e.key operator(pg_catalog.=) d.key) as same
          )
-         select coalesce(pg_catalog.array_agg(w.key), ''{}'') from written w',
+         select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
+                pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',
         s.name, s.matching, s.target, s.content, s.type)
-    into written using keys, hashes, vectors;
+    into written, changed using keys, hashes, vectors;
+    if changed is not null then
+        execute pg_catalog.format(
+            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s', s.name, s.target, s.matching)
+        using changed;
+    end if;
     return written;
 end
 $$;

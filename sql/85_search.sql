@@ -30,7 +30,7 @@ begin
     end if;
     statement := format('create index %s%I on %s using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)',
                         case when concurrent then 'concurrently ' end,
-                        left(table_name, 30) || '_' || left(target, 25) || '_hnsw', s.name, s.target, place, m, ef_construction);
+                        autoembed.cut(table_name, 30) || '_' || autoembed.cut(target, 25) || '_hnsw', s.name, s.target, place, m, ef_construction);
     if not concurrent then
         execute statement;
     end if;
@@ -83,13 +83,14 @@ create function autoembed.search_statement(s autoembed.shape, filter jsonb) retu
 language sql stable
 begin atomic
     select format(
-        'select (%1$s), t.%2$s operator(%3$s.<=>) $1, %4$s from %5$s t
-         where t.%2$s is not null %6$s order by t.%2$s operator(%3$s.<=>) $1 limit $2',
+        'select (%1$s), t.%2$s operator(%3$s.<=>) $1::%7$s, %4$s from %5$s t
+         where t.%2$s is not null %6$s order by t.%2$s operator(%3$s.<=>) $1::%7$s limit $2',
         (select 'pg_catalog.jsonb_build_object(' || string_agg(format('%L, t.%I', u.name, u.name), ', ' order by u.n) || ')'
          from unnest(s.key_names) with ordinality as u (name, n)),
         s.target, (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),
         s.content, s.name,
-        case when filter is not null and filter <> '{}' then 'and ' || autoembed.filter_condition(s.relation, filter) end);
+        case when filter is not null and filter <> '{}' then 'and ' || autoembed.filter_condition(s.relation, filter) end,
+        s.type);
 end;
 
 -- An index scan stops after hnsw.ef_search candidates: fewer than k, or filtered away, and rows would be missed in
@@ -131,7 +132,7 @@ returns setof record
 language plpgsql stable parallel restricted rows 10 as $$
 declare
     s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
-    question vector;
+    question text;
     former text[];
 begin
     if (k between 1 and 1000) is not true then
@@ -141,7 +142,7 @@ begin
         raise exception using errcode = 'null_value_not_allowed', message = 'the query is null';
     end if;
     perform autoembed.check_model(s);
-    question := @extschema@.embed(query, s.model, 'query');
+    question := @extschema@.embed(query, s.model, 'query')::text;
     former := autoembed.widen_search(k, filter is not null);
     return query execute autoembed.search_statement(s, filter) using question, k, filter;
     perform autoembed.narrow_search(former);

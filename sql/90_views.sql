@@ -133,7 +133,9 @@ cross join lateral (select count(*) filter (where x.next_try is null) as failed,
                     from autoembed.failure x where x.registration = r.id) f
 cross join lateral (select count(*) as truncated from autoembed.truncation x where x.registration = r.id) t
 cross join lateral (select autoembed.rate(r.id) as rate) p
-where has_any_column_privilege(r.relation, 'select') and autoembed.key_index(r.relation) is not null;
+-- counting under row-level security would run the policies of another's table with the reader's rights
+where has_table_privilege(r.relation, 'select') and (autoembed.owns(r.relation) or not row_security_active(r.relation))
+  and autoembed.key_index(r.relation) is not null and autoembed.is_sound(r);
 
 create view embedding_throughput with (security_invoker = true) as
 select date_trunc('minute', u.finished) as minute, r.relation::regclass as relation,

@@ -21,6 +21,7 @@ WRITE_FAILURES = ("23", "P0001", "42501")
 TRY_AGAIN = ("40001", "40P01", "55P03")
 ATTEMPTS = 5
 PASSES = 3
+"""At most: rows that were changed or locked meanwhile get another chance, a busy table does not hold the call."""
 
 
 T = TypeVar("T")
@@ -151,9 +152,11 @@ class Filler:
         self.database.recover(self.column)
         self.database.commit()
         self.fill_suspects()
-        for _ in range(PASSES):
+        for turn in range(PASSES):
+            before = self.totals.embedded
             missed = self.fill_once()
-            if not missed or not self.limits.room(self.totals, 1):
+            idle = turn > 0 and self.totals.embedded == before
+            if not missed or idle or not self.limits.room(self.totals, 1):
                 break
         self.database.tidy(self.column)
         self.database.commit()
@@ -171,7 +174,6 @@ class Filler:
         """One pass from the first key to the last; how many rows it saw and left to others or to the next pass."""
         after: str | None = None
         missed = 0
-        before = self.totals.embedded
         while room := self.limits.room(self.totals, self.batch):
             found = self.again(partial(self.database.candidates, self.column, after, room))
             if found is None:
@@ -179,7 +181,7 @@ class Filler:
             after = found.cursor
             if found.keys:
                 missed += self.fill_batch(found, alone=False)
-        return missed if self.totals.embedded > before else 0
+        return missed
 
     def fill_batch(self, found: Candidates, alone: bool) -> int:
         """Claim, encode, write, release; how many of the rows are for later. Locks never outlive it."""
