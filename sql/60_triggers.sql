@@ -246,6 +246,25 @@ begin
 end
 $$;
 
+create function autoembed.free_index_name(relation oid, target name, purpose text) returns name
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    home name;
+    stem text;
+    candidate name;
+    n integer := 1;
+begin
+    select s.nspname, autoembed.cut(c.relname, 29) || '_' || autoembed.cut(target, 20) || '_' || purpose into home, stem
+    from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = relation;
+    candidate := stem;
+    while to_regclass(format('%I.%I', home, candidate)) is not null loop
+        n := n + 1;
+        candidate := stem || n;
+    end loop;
+    return candidate;
+end
+$$;
+
 -- The pending rows in key order. Its first column is always true; it is there so that an order by it can be served by
 -- this index alone: with old statistics the planner would walk the primary key past all rows that are filled.
 create function autoembed.install_pending_index(registration bigint) returns void
@@ -254,18 +273,12 @@ declare
     s autoembed.shape := autoembed.shape_of(registration);
     target name := autoembed.target_name(registration);
     place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
-    table_name name := (select c.relname from pg_class c where c.oid = s.relation);
-    stem text := autoembed.cut(table_name, 29) || '_' || autoembed.cut(target, 20);
-    index name := stem || '_pending';
-    n integer := 1;
+    index name;
 begin
     if exists (select from autoembed.registration r, autoembed.pending_indexes(r.relation, r.target) where r.id = registration) then
         return;
     end if;
-    while to_regclass(format('%I.%I', place, index)) is not null loop
-        n := n + 1;
-        index := stem || '_pending' || n;
-    end loop;
+    index := autoembed.free_index_name(s.relation, target, 'pending');
     execute format('create index %I on %s ((%s is null), %s) where %s', index, s.name, s.target,
                    (select string_agg(quote_ident(u), ', ' order by k.n) from unnest(s.key_names) with ordinality as k (u, n)),
                    autoembed.pending_condition('', target, s.sources));

@@ -8,7 +8,6 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
     place text := (select e.extnamespace::regnamespace from pg_extension e where e.extname = 'vector');
-    table_name name := (select c.relname from pg_class c where c.oid = relation);
     existing regclass;
     statement text;
 begin
@@ -30,7 +29,7 @@ begin
     end if;
     statement := format('create index %s%I on %s using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)',
                         case when concurrent then 'concurrently ' end,
-                        autoembed.cut(table_name, 30) || '_' || autoembed.cut(target, 25) || '_hnsw', s.name, s.target, place, m, ef_construction);
+                        autoembed.free_index_name(relation, target, 'hnsw'), s.name, s.target, place, m, ef_construction);
     if not concurrent then
         execute statement;
     end if;
