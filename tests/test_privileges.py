@@ -1,0 +1,495 @@
+"""Who may what: a matrix by role, state under row-level security, and nobody's code with somebody else's rights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from support.server import Connection, site
+from support.talk import TINY, VECTOR, acting_as, column, notices, refusal, scalar
+
+pytest_plugins = ["support.warm"]
+
+README = Path(__file__).parents[1] / "README.md"
+DOCS = "create table docs (id int primary key, content text, note text, embedding vector(32))"
+DECLARE = "select embed_column('docs', 'content', model => 'tiny-mpnet')"
+FILL = "call embed_pending(relation => 'docs')"
+ROLES = ("nobody", "searcher", "owner", "filler")
+INTERFACE = "select p.oid::regprocedure::text from pg_proc p join pg_depend d on d.objid = p.oid and d.deptype = 'e' "
+INTERFACE += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed' where p.pronamespace "
+ENCODING = {"embed(text,text,text)", "embed(text[],text,text)", "embed_search(regclass,text,integer,name,jsonb)"}
+DECLARING = {
+    "embed_column(regclass,name[],name,text,text,boolean)",
+    "embed_column(regclass,name,name,text,text,boolean)",
+    "embed_column_set(regclass,name,text,text,boolean)",
+    "embed_column_drop(regclass,name)",
+    "embed_index(regclass,name,integer,integer,boolean)",
+    "embed_retry(regclass)",
+}
+FILLING = {"embed_pending(integer,regclass,bigint,integer,bigint,bigint,bigint)"}
+MAY = {
+    "nobody": set[str](),
+    "searcher": ENCODING,
+    "owner": ENCODING | DECLARING | FILLING,
+    "filler": FILLING,
+}
+
+
+def recipes() -> list[str]:
+    """The GRANTs of the README, as its reader copies them."""
+    text = README.read_text(encoding="utf-8")
+    found = re.findall(r"^grant [^;]*embed[^;]*;", text, re.MULTILINE)
+    return [statement for statement in found if " on knowledge_base" not in statement]
+
+
+@pytest.fixture
+def cast(warm: Connection, warm_role: Callable[..., str]) -> Connection:
+    """The roles with the README's grants; the owner's table docs is declared, one row filled and one pending."""
+    for name in ROLES:
+        warm_role(name)
+    for statement in (*recipes(), "grant searcher to owner"):
+        warm.execute(statement)
+    with acting_as(warm, "owner"):
+        warm.execute(DOCS)
+        warm.execute(DECLARE)
+        warm.execute(f"insert into docs values (1, 'one', 'n', {VECTOR}), (2, 'two', 'n', null)", [1])
+        warm.execute("grant select on docs to searcher")
+        warm.execute("grant select, update on docs to filler")
+    return warm
+
+
+def may(connection: Connection, role: str, function: str) -> bool:
+    return bool(scalar(connection, "select has_function_privilege(%s, %s::regprocedure, 'execute')", [role, function]))
+
+
+# --- the matrix ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_functions_of_the_interface(cast: Connection, role: str) -> None:
+    functions = column(cast, INTERFACE + "<> 'autoembed'::regnamespace")
+    assert {f for f in functions if may(cast, role, f)} == MAY[role]
+    assert set(functions) == ENCODING | DECLARING | FILLING
+
+
+def test_inner_functions_run_no_model(warm: Connection, warm_role: Callable[..., str]) -> None:
+    """What is left to PUBLIC in schema autoembed reads catalogs and state; of Python only what lists models."""
+    warm_role("nobody")
+    python = (
+        INTERFACE
+        + "= 'autoembed'::regnamespace and p.prolang = (select oid from pg_language where lanname = 'plpython3u')"
+    )
+    open_to_all = {f for f in column(warm, python) if may(warm, "nobody", f)}
+    assert open_to_all <= {
+        "autoembed.start()",
+        "autoembed.model(text)",
+        "autoembed.models()",
+        "autoembed.settings()",
+        "autoembed.embed_rows()",
+    }
+
+
+def test_only_event_triggers_are_security_definer(warm: Connection) -> None:
+    definers = (
+        "select p.oid::regprocedure::text from pg_proc p join pg_depend d on d.objid = p.oid and d.deptype = 'e' "
+    )
+    definers += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed' where p.prosecdef order by 1"
+    assert column(warm, definers) == ["autoembed.on_ddl()", "autoembed.on_drop()"]
+    pinned = "select bool_and(proconfig::text ~ 'search_path=pg_catalog, pg_temp') from pg_proc where prosecdef"
+    assert scalar(warm, pinned + " and pronamespace = 'autoembed'::regnamespace") is True
+
+
+ACTIONS = {
+    "embeds a text": ("select embed('text', 'tiny-mpnet') is not null", {"searcher", "owner", "postgres"}),
+    "searches": ("select count(*) from embed_search('docs', 'one')", {"searcher", "owner", "postgres"}),
+    "declares its own table": (
+        "create table more (id int primary key, content text, embedding vector(32)); "
+        "select embed_column('more', 'content', model => 'tiny-mpnet')",
+        {"owner", "postgres"},
+    ),
+    "fills": (FILL, {"owner", "filler"}),
+    "fills what is its own": ("call embed_pending()", {"owner", "filler", "postgres"}),
+    "pauses": ("select embed_column_set('docs', 'embedding', enabled => false)", {"owner", "postgres"}),
+    "drops": ("select embed_column_drop('docs')", {"owner", "postgres"}),
+    "indexes": ("select embed_index('docs')", {"owner", "postgres"}),
+    "retries": ("select embed_retry('docs')", {"owner", "postgres"}),
+    "reads columns": ("select * from embedding_columns", {*ROLES, "postgres"}),
+    "reads models": ("select * from embedding_models", {*ROLES, "postgres"}),
+    "reads settings": ("select * from embedding_settings", {*ROLES, "postgres"}),
+    "reads progress": ("select * from embedding_progress", {*ROLES, "postgres"}),
+    "reads throughput": ("select * from embedding_throughput", {*ROLES, "postgres"}),
+    "reads failures": ("select * from embedding_failures", {*ROLES, "postgres"}),
+    "reads truncations": ("select * from embedding_truncations", {*ROLES, "postgres"}),
+    "changes a registration": (
+        "do $$ begin update autoembed.registration set model = 'x'; "
+        "if not found then raise insufficient_privilege; end if; end $$",
+        {"owner", "postgres"},
+    ),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_action_by_role(cast: Connection, action: str) -> None:
+    statements, allowed = ACTIONS[action]
+    could = set()
+    for role in (*ROLES, "postgres"):
+        cast.execute("begin") if "call" not in statements else None
+        try:
+            with acting_as(cast, role):
+                for statement in statements.split("; ") if "do $$" not in statements else [statements]:
+                    cast.execute(statement)
+            could.add(role)
+        except psycopg.Error as error:
+            assert error.sqlstate == "42501"  # noqa: PT017
+        cast.rollback()
+        cast.execute("reset role")
+    assert could == allowed
+
+
+def test_ordinary_owner_from_declaration_to_search(cast: Connection, connect: Callable[..., Connection]) -> None:
+    """In a session of his own, not by SET ROLE."""
+    schema = scalar(cast, "select current_schema()")
+    with psycopg.connect(cast.info.dsn, user="owner", autocommit=True) as owner:
+        owner.execute(f"set search_path = {schema}, public")
+        owner.execute("create table papers (id int primary key, content text, embedding vector(32))")
+        owner.execute("select embed_column('papers', 'content', model => 'tiny-mpnet')")
+        owner.execute("insert into papers values (1, 'one')")
+        assert scalar(owner, "call embed_pending()") == 2
+        assert scalar(owner, "select key from embed_search('papers', 'one')") == {"id": 1}
+        assert scalar(owner, "select sum(rows) from embedding_throughput") == 2
+
+
+# --- who fills what ------------------------------------------------------------------------------------------------
+
+
+def test_superuser_does_not_fill_anothers_table(cast: Connection) -> None:
+    error = refusal(cast, FILL)
+    assert error.sqlstate == "42501"
+    assert "a superuser does not fill" in str(error.diag.message_primary)
+    assert "which owner owns" in str(error.diag.message_primary)
+    assert error.diag.message_hint == "SET ROLE owner first."
+    assert scalar(cast, "call embed_pending()") == 0
+    assert scalar(cast, "select count(embedding) from docs") == 1
+    with acting_as(cast, "owner"):
+        assert scalar(cast, FILL) == 1
+
+
+EVIL = """
+create function evil(out boolean) language plpgsql as $$
+begin
+    $1 := true;
+    insert into caught values (current_user, session_user, current_setting('is_superuser'));
+end
+$$"""
+HOOKS = {
+    "trigger": (
+        "create function evil_trigger() returns trigger language plpgsql as 'begin perform evil(); return new; end'",
+        "create trigger t before update on docs for each row execute function evil_trigger()",
+    ),
+    "deferred trigger": (
+        "create function evil_trigger() returns trigger language plpgsql as 'begin perform evil(); return new; end'",
+        "create constraint trigger t after update on docs deferrable initially deferred "
+        "for each row execute function evil_trigger()",
+    ),
+    "check": ("alter table docs add check (embedding is null or evil()) not valid",),
+    "index expression": (
+        "create function evil_key(vector) returns boolean language plpgsql immutable as 'begin return evil(); end'",
+        "create index on docs (evil_key(embedding)) where note = 'new'",
+    ),
+    "policy": (
+        "alter table docs enable row level security",
+        "alter table docs force row level security",
+        "create policy p on docs using (evil())",
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_owners_code_never_runs_with_a_superusers_rights(cast: Connection, hook: str) -> None:
+    """Whatever a superuser calls: fills, views, changes; the owner's own fill runs it as the owner."""
+    cast.execute("create table caught (who name, session name, super text)")
+    cast.execute("grant all on caught to public")
+    with acting_as(cast, "owner"):
+        cast.execute(EVIL)
+        for statement in HOOKS[hook]:
+            cast.execute(statement)
+        cast.execute("insert into docs values (3, 'three', 'new')")
+        cast.execute("truncate caught")
+    refusal(cast, FILL)
+    cast.execute("call embed_pending()")
+    for view in ("columns", "progress", "throughput", "failures", "truncations"):
+        cast.execute(f"select * from embedding_{view}")
+    cast.execute("select embed_retry()")
+    cast.execute("select embed_column_set('docs', 'embedding', enabled => true, mode => 'deferred')")
+    cast.execute("select * from embed_search('docs', 'one')")
+    assert cast.execute("select * from caught").fetchall() == []
+    if hook != "policy":
+        with acting_as(cast, "owner"):
+            cast.execute(FILL)
+        assert "owner" in column(cast, "select who from caught")
+        assert "on" not in column(cast, "select super from caught")
+
+
+@pytest.fixture
+def evil_cast(cast: Connection) -> Connection:
+    """The owner's type whose cast to text runs his function, which leaves a trace of the rights it had."""
+    cast.execute("create table caught (who name)")
+    cast.execute("grant all on caught to public")
+    with acting_as(cast, "owner"):
+        cast.execute("create type mood as enum ('fine')")
+        cast.execute(
+            "create function to_text(mood) returns text language plpgsql as "
+            "$$ begin insert into caught values (current_user); return 'text'; end $$"
+        )
+        cast.execute("create cast (mood as text) with function to_text(mood)")
+        cast.execute("create table moods (id int primary key, content mood, embedding vector(32))")
+        cast.execute("insert into moods values (1, 'fine')")
+    return cast
+
+
+@pytest.mark.parametrize("how", ["trigger", "insert"])
+def test_smuggled_declaration_runs_nothing_in_the_views(evil_cast: Connection, how: str) -> None:
+    """A hand-made trigger, or a hand-made row of state, declares what embed_column would refuse."""
+    arguments = f"'embedding', '{TINY}', '', 'deferred', 'true', 'content'"
+    smuggle = {
+        "trigger": "create trigger smuggled before update on moods for each row "
+        f"execute function autoembed.invalidate({arguments})",
+        "insert": "insert into autoembed.registration (relation, target, sources, model, fingerprint, mode) "
+        f"values ('moods'::regclass, 3, '{{2}}', '{TINY}', '', 'deferred')",
+    }
+    with acting_as(evil_cast, "owner"):
+        try:
+            evil_cast.execute(smuggle[how])
+        except psycopg.Error:
+            return
+    for view in ("columns", "progress", "throughput", "failures", "truncations"):
+        try:
+            evil_cast.execute(f"select * from embedding_{view}")
+        except psycopg.Error as error:
+            pytest.fail(f"embedding_{view} is broken for everybody: {error}")
+    assert column(evil_cast, "select who from caught") == []
+
+
+def test_policy_does_not_run_for_readers_of_the_views(cast: Connection) -> None:
+    """Whoever looks at all columns' progress must not run a policy of a stranger's table with his own rights."""
+    cast.execute("create table caught (who name, session name, super text)")
+    cast.execute("grant all on caught to public")
+    with acting_as(cast, "owner"):
+        cast.execute(EVIL)
+        cast.execute("alter table docs enable row level security")
+        cast.execute("create policy p on docs using (evil())")
+        cast.execute("grant select on docs to public")
+    with acting_as(cast, "nobody"):
+        cast.execute("select * from embedding_progress")
+    assert column(cast, "select who from caught") == []
+
+
+def test_declaration_without_the_right_embeds_nothing(cast: Connection) -> None:
+    """A role that was never given embed_column makes the triggers by hand: no model runs for it."""
+    with acting_as(cast, "nobody"):
+        cast.execute("create table mine (id int primary key, content text, embedding vector(32))")
+        fingerprint = scalar(cast, "select fingerprint from embedding_models where name = 'tiny-mpnet'")
+        arguments = f"'embedding', '{TINY}', '{fingerprint}', 'immediate', 'true', 'content'"
+        cast.execute(
+            f"create trigger a before update on mine for each row execute function autoembed.invalidate({arguments})"
+        )
+        cast.execute(
+            "create trigger b after insert on mine referencing new table as autoembed_new "
+            "for each statement execute function autoembed.embed_rows('embedding')"
+        )
+        cast.execute("insert into mine values (1, 'one')")
+        assert scalar(cast, "select embedding is null from mine")
+
+
+# --- a role with UPDATE alone --------------------------------------------------------------------------------------
+
+
+def test_filler_fills_and_leaves_no_record(cast: Connection) -> None:
+    with acting_as(cast, "filler"):
+        assert scalar(cast, FILL) == 1
+        assert scalar(cast, "call embed_pending()") == 0
+    for state in ("run", "failure", "inflight", "suspect", "truncation"):
+        assert scalar(cast, f"select count(*) from autoembed.{state}") == 0
+
+
+STATE_ROWS = {
+    "failure": "(registration, key, hash, kind, message) select id, '[2]', sha256('two'), 'encoder', 'm'",
+    "suspect": "(registration, key, hash) select id, '[2]', sha256('two')",
+    "truncation": "(registration, key, tokens, token_limit) select id, '[2]', 9, 8",
+    "inflight": "(registration, cluster, alone, keys, hashes) "
+    "select id, 'c', false, array['[2]'::jsonb], array['\\x'::bytea]",
+    "run": "(registration, model, embedded, failed, skipped, tokens, claim_seconds, encode_seconds, write_seconds) "
+    "select id, 'm', 1, 0, 0, 1, 1, 1, 1",
+}
+
+
+@pytest.mark.parametrize("state", STATE_ROWS)
+@pytest.mark.parametrize("role", ["filler", "nobody", "searcher"])
+def test_state_of_anothers_table(cast: Connection, state: str, role: str) -> None:
+    """Not written, not changed, not deleted by others; read at most by who reads the whole table anyway."""
+    with acting_as(cast, role):
+        error = refusal(cast, f"insert into autoembed.{state} {STATE_ROWS[state]} from autoembed.registration")
+        assert error.sqlstate == "42501"
+    cast.execute("reset role")
+    cast.execute(f"insert into autoembed.{state} {STATE_ROWS[state]} from autoembed.registration")
+    with acting_as(cast, role):
+        seen = 1 if role == "filler" and state in ("failure", "suspect") else 0
+        assert scalar(cast, f"select count(*) from autoembed.{state}") == seen
+        assert cast.execute(f"delete from autoembed.{state}").rowcount == 0
+        assert cast.execute(f"update autoembed.{state} set registration = registration").rowcount == 0
+    with acting_as(cast, "owner"):
+        assert cast.execute(f"delete from autoembed.{state}").rowcount == 1
+
+
+def test_filler_cannot_park_rows(cast: Connection) -> None:
+    """By no inner function either: the row stays pending and the owner's fill takes it."""
+    registration = scalar(cast, "select id from autoembed.registration")
+    shape = scalar(cast, "select autoembed.shape_of(%s)::text", [registration])
+    with acting_as(cast, "filler"):
+        refusal(cast, "select autoembed.fail(%s, '[2]', sha256('two'), 'crashed', 'm')", [registration])
+        cast.execute(
+            "select autoembed.take_off(%s::autoembed.shape, 1, true, array['[2]'::jsonb], array[sha256('two')])",
+            [shape],
+        )
+        cast.execute("select autoembed.recover(%s)", [registration])
+    with acting_as(cast, "owner"):
+        assert scalar(cast, FILL) == 1
+
+
+def test_filler_behind_a_policy_reads_no_failures(cast: Connection) -> None:
+    with acting_as(cast, "owner"):
+        cast.execute("alter table docs enable row level security")
+        cast.execute("create policy some on docs to filler using (id = 1)")
+        cast.execute(f"insert into autoembed.failure {STATE_ROWS['failure']} from autoembed.registration")
+    with acting_as(cast, "filler"):
+        assert scalar(cast, "select count(*) from embedding_failures") == 0
+        assert scalar(cast, "select count(*) from autoembed.suspect") == 0
+    with acting_as(cast, "owner"):
+        assert cast.execute("select key, kind from embedding_failures").fetchall() == [({"id": 2}, "encoder")]
+
+
+def test_progress_shows_no_table_that_the_reader_cannot_read(cast: Connection) -> None:
+    with acting_as(cast, "nobody"):
+        assert column(cast, "select relation from embedding_progress") == []
+    with acting_as(cast, "searcher"):
+        assert column(cast, "select total from embedding_progress") == [2]
+
+
+def test_filler_without_the_column_is_refused(cast: Connection) -> None:
+    with acting_as(cast, "owner"):
+        cast.execute("revoke update on docs from filler")
+        cast.execute("grant update (note) on docs to filler")
+    with acting_as(cast, "filler"):
+        assert refusal(cast, FILL).sqlstate == "42501"
+    assert scalar(cast, "select count(embedding) from docs") == 1
+
+
+# --- sessions, paths -----------------------------------------------------------------------------------------------
+
+
+def test_set_role_gains_nothing(cast: Connection) -> None:
+    """The model is loaded and the session warm: rights are asked anew for the role of now."""
+    with acting_as(cast, "owner"):
+        assert scalar(cast, FILL) == 1
+        cast.execute("update docs set content = 'changed' where id = 1")
+    with acting_as(cast, "nobody"):
+        for statement in (
+            FILL,
+            "call embed_pending()",
+            "select embed('text')",
+            "select * from embed_search('docs', 'x')",
+        ):
+            assert refusal(cast, statement).sqlstate == "42501"
+    with acting_as(cast, "filler"):
+        assert scalar(cast, "call embed_pending()") == 0
+    assert refusal(cast, FILL).sqlstate == "42501"
+    assert scalar(cast, "select count(embedding) from docs") == 1
+
+
+def test_role_that_inherits_the_owner(cast: Connection, warm_role: Callable[..., str]) -> None:
+    """A member reads and manages; without a name embed_pending serves only what the role itself owns."""
+    warm_role("member")
+    cast.execute("grant owner to member")
+    with acting_as(cast, "member"):
+        assert scalar(cast, "call embed_pending()") == 0
+        assert scalar(cast, FILL) == 1
+        assert scalar(cast, "select sum(rows) from embedding_throughput") == 1
+
+
+def test_another_embed_pending_on_the_path(cast: Connection) -> None:
+    cast.execute("create table caught (who name)")
+    with acting_as(cast, "owner"):
+        for signature in ("batch int", "batch int, relation regclass"):
+            body = "language sql as 'insert into caught values (current_user)'"
+            cast.execute(f"create procedure embed_pending({signature}) {body}")
+    with acting_as(cast, "owner"):
+        call = "call public.embed_pending(batch => 32, relation => null, max_rows => null, max_seconds => null, "
+        assert scalar(cast, call + "embedded => 0, failed => 0, skipped => 0)") == 1
+    assert column(cast, "select who from caught") == []
+
+
+EVIL_NAMES = (
+    "function format(text, variadic text[]) returns text",
+    "function octet_length(text) returns int",
+    "function sha256(bytea) returns bytea",
+    "function array_agg(jsonb) returns jsonb[]",
+    "function jsonb_build_array(int) returns jsonb",
+    "function coalesce_(int) returns int",
+    "function concat_ws(text, text, text) returns text",
+    "function count(text) returns bigint",
+    "function unnest(jsonb[]) returns setof jsonb",
+    "function nextval(regclass) returns bigint",
+)
+
+
+def test_functions_on_the_path_are_not_called(cast: Connection) -> None:
+    """Schemas before pg_catalog on the caller's path: the product calls neither their functions nor their operators."""
+    schema = scalar(cast, "select current_schema()")
+    cast.execute("create table caught (who name)")
+    cast.execute("grant all on caught to public")
+    body = "language plpgsql as 'begin insert into caught values (current_user); return null; end'"
+    setof = "language plpgsql as 'begin insert into caught values (current_user); end'"
+    for name in EVIL_NAMES:
+        cast.execute(f"create {name} {setof if 'setof' in name else body}")
+    cast.execute(f"create function same(int, int) returns boolean {body}")
+    for operator in ("=", ">", "<"):
+        cast.execute(f"create operator {operator} (leftarg = int, rightarg = int, function = same)")
+    with acting_as(cast, "owner"):
+        cast.execute(f"set search_path = {schema}, pg_catalog, public")
+        assert scalar(cast, FILL) == 1
+        cast.execute("select * from embed_search('docs', 'one')")
+        cast.execute("select * from embedding_progress")
+        cast.execute("update docs set content = 'changed'")
+    assert column(cast, "select who from caught") == []
+
+
+def test_package_comes_from_the_site_whatever_the_path(cast: Connection, connect: Callable[..., Connection]) -> None:
+    """A package of the same name where the session's Python would look first is not the one that runs."""
+    where = """
+    create function autoembed_file() returns text language plpython3u as $$
+    import sys
+    return sys.modules["autoembed"].__file__ + " " + sys.path[0]
+    $$"""
+    cast.execute(where)
+    package, first = scalar(cast, "select autoembed_file()").split()
+    assert Path(package).is_relative_to(site())
+    assert Path(first).is_relative_to(site())
+    assert not [m for m in (package, first) if "site-packages" not in m]
+
+
+@pytest.fixture(autouse=True)
+def back_to_oneself(warm_session: Connection) -> Iterator[None]:
+    yield
+    warm_session.rollback()
+    warm_session.execute("reset role")
+
+
+def test_notices_name_no_text(cast: Connection) -> None:
+    with notices(cast) as heard, acting_as(cast, "owner"):
+        cast.execute("insert into docs values (7, 'a secret text')")
+        cast.execute(FILL)
+    assert not [n for n in heard if "secret" in f"{n.message} {n.hint}"]
