@@ -8,8 +8,8 @@ STATE=$(state_dir)
 WORK=$ROOT
 
 copy_for_server_user() {
-    WORK=$STATE/test
-    rm -rf "$WORK"
+    WORK=$STATE/test.$$
+    trap 'rm -rf "$WORK"' EXIT
     install -d -o postgres -g postgres "$WORK"
     tar -C "$ROOT" --exclude=./.git --exclude=./.pg --exclude=./build --exclude=__pycache__ -cf - . | as_server tar -C "$WORK" -xf -
 }
@@ -18,6 +18,6 @@ copy_for_server_user() {
 cd "$WORK"
 COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini)
 [ -n "${PYTEST_ARGS:-}" ] || COVERAGE+=(--cov-fail-under=90)
-# shellcheck disable=SC2086
+eval "ARGUMENTS=(${PYTEST_ARGS:-})"  # as a shell reads it: PYTEST_ARGS='-k "one or other"'
 as_server env PG_CONFIG="$PG_CONFIG" PYTHONDONTWRITEBYTECODE=1 \
-    "$STATE/venv/bin/python" -m pytest "${COVERAGE[@]}" "$@" ${PYTEST_ARGS:-}
+    "$STATE/venv/bin/python" -m pytest "${COVERAGE[@]}" "$@" "${ARGUMENTS[@]}"
