@@ -378,25 +378,34 @@ begin
     -- a column of the key may have another name now
     update autoembed.registration r set generation = r.generation + 1
     where r.relation in (select d.objid from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
-    for id in
-        select r.id
-        from autoembed.registration r
-        join pg_trigger t on t.oid = autoembed.row_trigger(r)
-        where exists (
-            select from pg_event_trigger_ddl_commands() d
-            left join pg_trigger g on d.classid = 'pg_trigger'::regclass and g.oid = d.objid
-            where coalesce(g.tgrelid, d.objid) = r.relation
-               or coalesce(g.tgrelid, d.objid) in (select p.relid from pg_partition_tree(r.relation) p))
-          and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments(r.id)
-               or t.tgattr::text <> '' and autoembed.needs_every_update(r.relation)
-               or not autoembed.fires_last(r))
-    loop
+    -- all of them: ALTER TYPE … RENAME ATTRIBUTE … CASCADE does not name the typed tables that it changes
+    for id in select r.id from autoembed.registration r where autoembed.is_outdated(r) loop
         perform autoembed.follow(id);
+    end loop;
+    -- ENABLE TRIGGER ALL, as loaders do, would leave a subscriber's vectors stale
+    for trigger in
+        select t.tgname, t.tgrelid
+        from autoembed.registration r
+        join pg_trigger t on t.oid = autoembed.row_trigger(r) or t.tgparentid = autoembed.row_trigger(r)
+        where t.tgenabled = 'O'
+    loop
+        execute format('alter table %s enable always trigger %I', trigger.tgrelid::regclass, trigger.tgname);
     end loop;
 end
 $$;
 
--- after a RENAME of a column, or a new trigger of the user's own: our triggers anew, from the registration
+-- Does the row trigger say or do another thing than the registration?
+create function autoembed.is_outdated(r autoembed.registration) returns boolean
+language sql stable
+begin atomic
+    select autoembed.is_sound(r) and autoembed.key_index((r).relation) is not null
+           and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments((r).id)
+                or t.tgattr::text <> '' and autoembed.needs_every_update((r).relation)
+                or not autoembed.fires_last(r))
+    from pg_catalog.pg_trigger t where t.oid = autoembed.row_trigger(r);
+end;
+
+-- After a RENAME of a column, or a new trigger of the user's own: our triggers anew, from the registration
 create function autoembed.follow(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -406,6 +415,7 @@ declare
 begin
     select * into r from autoembed.registration g where g.id = registration;
     former := (autoembed.arguments_of(autoembed.row_trigger(r)))[1];
+    update autoembed.registration g set generation = g.generation + 1 where g.id = r.id;
     perform autoembed.install_row_trigger(registration);
     for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
         execute format('drop trigger %I on %s', trigger, r.relation::regclass);
@@ -441,7 +451,7 @@ end
 $$;
 
 create event trigger autoembed_on_ddl on ddl_command_end
-    when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE') execute function autoembed.on_ddl();
+    when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE') execute function autoembed.on_ddl();
 alter event trigger autoembed_on_ddl enable always;
 create event trigger autoembed_on_drop on sql_drop execute function autoembed.on_drop();
 alter event trigger autoembed_on_drop enable always;
