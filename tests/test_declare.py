@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -339,9 +340,9 @@ def test_paused_column_is_left_alone(warm: Connection) -> None:
     assert fill(warm) == 1
 
 
-def test_another_model_clears_the_column(warm: Connection, fragile: object) -> None:
+def test_another_model_clears_the_column(warm: Connection, fragile: Path) -> None:
     warm.execute("create table docs (id int primary key, content text, embedding vector(32))")
-    warm.execute("select embed_column('docs', 'content', model => 'fragile')")
+    warm.execute("select embed_column('docs', 'content', model => %s)", [fragile.name])
     warm.execute("insert into docs values (1, 'a text'), (2, 'a text')")
     assert fill(warm) == 2
     with notices(warm) as heard:
@@ -602,7 +603,7 @@ ARGUMENTS: dict[str, tuple[str, str, str | None, str | None]] = {
     "a system column": ("'docs', 'content', 'ctid'", "42703", "relation docs has no column ctid", ""),
     "missing relation": ("'nowhere', 'content'", "42P01", None, None),
     "source and target the same": ("'docs', 'embedding', 'embedding'", "42804", None, None),
-    "the same source twice": ("'docs', array['content', 'content'], model => 'tiny-mpnet'", "42701", None, None),
+    "the same source twice": ("'docs', array['content', 'content'], model => 'tiny-mpnet'", "42701", None, ""),
 }
 
 

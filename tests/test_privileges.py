@@ -363,7 +363,7 @@ def test_filler_cannot_park_rows(cast: Connection) -> None:
 def test_filler_behind_a_policy_reads_no_failures(cast: Connection) -> None:
     with acting_as(cast, "owner"):
         cast.execute("alter table docs enable row level security")
-        cast.execute("create policy some on docs to filler using (id = 1)")
+        cast.execute("create policy few on docs to filler using (id = 1)")
         cast.execute(f"insert into autoembed.failure {STATE_ROWS['failure']} from autoembed.registration")
     with acting_as(cast, "filler"):
         assert scalar(cast, "select count(*) from embedding_failures") == 0

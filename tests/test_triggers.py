@@ -394,7 +394,7 @@ def test_large_statement_stays_pending(live: Connection) -> None:
 
 def test_broken_model_leaves_rows_pending(warm: Connection, fragile: Path) -> None:
     warm.execute(DOCS)
-    warm.execute("select embed_column('docs', 'content', model => 'fragile', mode => 'immediate')")
+    warm.execute("select embed_column('docs', 'content', model => %s, mode => 'immediate')", [fragile.name])
     (fragile / "model.safetensors").write_bytes(b"broken")
     with notices(warm) as heard:
         warm.execute("insert into docs values (1, 'a secret text')")
@@ -408,7 +408,7 @@ def test_broken_model_leaves_rows_pending(warm: Connection, fragile: Path) -> No
 
 def test_missing_model_leaves_rows_pending(warm: Connection, fragile: Path) -> None:
     warm.execute(DOCS)
-    warm.execute("select embed_column('docs', 'content', model => 'fragile', mode => 'immediate')")
+    warm.execute("select embed_column('docs', 'content', model => %s, mode => 'immediate')", [fragile.name])
     fragile.rename(fragile.with_name("elsewhere"))
     try:
         with notices(warm) as heard:
@@ -497,3 +497,13 @@ def test_users_trigger_that_changes_the_text_in_our_own_write(warm: Connection, 
     assert all(far is None or far < 1e-5 for far in distance(warm))
     if change.startswith("trim"):
         assert None not in distance(warm)
+
+
+def test_own_write_does_not_call_itself(warm: Connection) -> None:
+    """Else one INSERT would embed, and change, its row for ever."""
+    warm.execute(DOCS)
+    warm.execute(CHANGER.replace("' and ' || new.note", "'!'"))
+    warm.execute(TRIGGER.format("a", "docs"))
+    warm.execute(DECLARE, ["immediate"])
+    warm.execute("insert into docs values (1, 'one')")
+    assert len(scalar(warm, "select content from docs")) < 10

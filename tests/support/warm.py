@@ -16,6 +16,7 @@ from .server import Connection, Server, add_model
 from .talk import TINY, scalar
 
 SCHEMAS = count(1)
+NUMBERS = count(1)
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +29,8 @@ def tiny(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def fragile(tiny: str, model_dir: Path) -> Iterator[Path]:
     """The folder of a model of a test's own, to be broken or removed."""
-    folder = Path(shutil.copytree(model_dir / tiny, model_dir / "fragile"))
+    # a name of its own: a warm session keeps what it has loaded, whatever becomes of the folder
+    folder = Path(shutil.copytree(model_dir / tiny, model_dir / f"fragile{next(NUMBERS)}"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
