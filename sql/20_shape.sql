@@ -9,6 +9,7 @@ create type autoembed.shape as (
     generation bigint,
     relation oid,
     name text,              -- schema-qualified and quoted
+    rows text,              -- the same for FROM and UPDATE: of a plain table its own rows only, no later child's
     label text,             -- for messages: relation.target
     target text,            -- quoted
     type text,              -- of the target, schema-qualified
@@ -105,6 +106,8 @@ language sql stable
 begin atomic
     select i.indexrelid
     from pg_catalog.pg_index i
+    join pg_catalog.pg_class c on c.oid = i.indexrelid
+    join pg_catalog.pg_am m on m.oid = c.relam and m.amname = 'btree'
     where i.indrelid = relation and i.indisunique and i.indisvalid and i.indimmediate
       and i.indpred is null and i.indexprs is null
       and not exists (
@@ -192,9 +195,10 @@ begin
     if r.id is null or not autoembed.is_sound(r) then
         return null;
     end if;
-    select format('%I.%I', n.nspname, c.relname), format('%I', a.attname), autoembed.type_name(a.atttypid), a.atttypmod,
+    select format('%I.%I', n.nspname, c.relname), format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname, c.relname),
+           format('%I', a.attname), autoembed.type_name(a.atttypid), a.atttypmod,
            autoembed.column_names(r.relation, r.sources), format('%s.%I', c.oid::regclass, a.attname)
-    into s.name, s.target, s.type, s.dimensions, s.sources, s.label
+    into s.name, s.rows, s.target, s.type, s.dimensions, s.sources, s.label
     from pg_class c
     join pg_namespace n on n.oid = c.relnamespace
     join pg_attribute a on a.attrelid = c.oid and a.attnum = r.target and not a.attisdropped

@@ -12,16 +12,16 @@ $$;
 
 create function embed(content text, model text default null, prompt text default null) returns vector
 language plpython3u stable parallel restricted as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].embed_one(content, model, prompt)
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_one(content, model, prompt)
 $$;
 
 comment on function embed(text, text, text) is 'the vector of a text; prompt names one of the model''s prompts, as query or document';
 
 create function embed(contents text[], model text default null, prompt text default null) returns vector[]
 language plpython3u stable parallel restricted as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].embed_many(contents, model, prompt)
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_many(contents, model, prompt)
 $$;
 
 comment on function embed(text[], text, text) is 'the vectors of many texts in one pass: order kept, null stays null';
@@ -30,8 +30,8 @@ comment on function embed(text[], text, text) is 'the vectors of many texts in o
 create function autoembed.model(
     model text, out name text, out dimensions integer, out max_tokens integer, out fingerprint text)
 language plpython3u stable parallel restricted as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].model(model)
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].model(model)
 $$;
 
 create function autoembed.models(
@@ -39,13 +39,13 @@ create function autoembed.models(
     out "precision" text, out fingerprint text, out bytes bigint, out note text)
 returns setof record
 language plpython3u stable parallel restricted as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].list_models()
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].list_models()
 $$;
 
 create function autoembed.settings(out name text, out value text, out source text)
 returns setof record
 language plpython3u stable parallel restricted as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].list_settings()
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].list_settings()
 $$;

@@ -8,27 +8,37 @@ begin atomic
     select pg_has_role(c.relowner, 'usage') from pg_catalog.pg_class c where c.oid = relation;
 end;
 
+-- Is the caller the owner of the relation and of all its partitions, and nobody greater behind a SET ROLE?
+create function autoembed.is_own(relation oid) returns boolean
+language sql stable
+begin atomic
+    select coalesce(bool_and(c.relowner = me.oid), false)
+           and not exists (select from pg_catalog.pg_roles s where s.rolname = session_user and s.rolsuper and s.oid <> (
+               select o.relowner from pg_catalog.pg_class o where o.oid = relation))
+    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p) tree
+    join pg_catalog.pg_class c on c.oid = tree.oid
+    join pg_catalog.pg_roles me on me.rolname = current_user
+    group by ();
+end;
+
 -- The bare check. Called again in each transaction of a fill, under the relation's lock.
-create function autoembed.authorize(relation oid, target smallint default null) returns void
+create function autoembed.authorize(relation oid) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
-declare
-    owner oid := (select c.relowner from pg_class c where c.oid = relation);
-    me oid := (select r.oid from pg_roles r where r.rolname = current_user);
 begin
-    if owner = me then
+    if autoembed.is_own(relation) then
         return;
     end if;
-    if (select r.rolsuper from pg_roles r where r.oid = me) then
+    if exists (select from pg_roles r where r.rolname in (current_user, session_user) and r.rolsuper) then
         raise exception using errcode = 'insufficient_privilege',
-            message = format('a superuser does not fill %s, which %s owns', relation::regclass, owner::regrole),
-            detail = 'Filling runs the triggers, constraints and index expressions of the table''s owner with the caller''s rights.',
-            hint = format('SET ROLE %s first.', owner::regrole);
+            message = format('a superuser does not fill %s, which is not all his own', relation::regclass),
+            detail = 'Filling runs the triggers, constraints and index expressions of the table''s owner with the caller''s rights; '
+                     'a trigger can RESET ROLE.',
+            hint = format('Connect as %s.', (select c.relowner::regrole from pg_class c where c.oid = relation));
     end if;
-    if not (has_any_column_privilege(relation, 'select')
-            and coalesce(has_column_privilege(relation, target, 'update'), has_any_column_privilege(relation, 'update'))) then
+    if not (has_table_privilege(relation, 'update') and has_any_column_privilege(relation, 'select')) then
         raise exception using errcode = 'insufficient_privilege',
             message = format('permission denied to fill %s', relation::regclass),
-            hint = 'The owner fills it, or a role with SELECT and UPDATE on it.';
+            hint = 'The owner fills it, or a role with SELECT and UPDATE on the table.';
     end if;
 end
 $$;
@@ -48,7 +58,7 @@ begin
             return null;
         end if;
     end if;
-    perform autoembed.authorize(s.relation, s.target_number);
+    perform autoembed.authorize(s.relation);
     return s;
 end
 $$;

@@ -164,7 +164,7 @@ declare
     s autoembed.shape := autoembed.shape_of(registration);
     filled boolean;
 begin
-    execute format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into filled;
+    execute format('select exists (select from %s t where t.%s is not null)', s.rows, s.target) into filled;
     if filled then
         raise notice using message = format('%s has vectors already: they are kept as they are', s.label),
             hint = format('If they are not of model %s: update %s set %s = null', s.model, s.name, s.target);
@@ -230,15 +230,15 @@ create function autoembed.clear(registration bigint) returns void
 language plpgsql volatile as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
-    filled boolean;
-    cleared bigint;
+    filled pg_catalog.bool;
+    cleared pg_catalog.int8;
 begin
-    execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.name, s.target) into filled;
+    execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.rows, s.target) into filled;
     if not filled then
         return;
     end if;
     perform autoembed.authorize(s.relation);
-    execute pg_catalog.format('update %s t set %2$s = null where t.%2$s is not null', s.name, s.target);
+    execute pg_catalog.format('update %s t set %2$s = null where t.%2$s is not null', s.rows, s.target);
     get diagnostics cleared = row_count;
     raise notice using message = pg_catalog.format('%s: %s vectors of the former model cleared, to be computed again', s.label, cleared);
 end

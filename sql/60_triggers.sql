@@ -21,15 +21,19 @@ $$;
 -- Immediate mode: the statement's new rows in one pass. Never makes the statement fail because a model did.
 create function autoembed.embed_rows() returns trigger
 language plpython3u as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-GD["autoembed"].embed_rows(int(TD["relid"]), TD["args"][0])
+if "autoembed 1" not in GD:
+    try: plpy.execute("select autoembed.start()")
+    except plpy.SPIError as error:
+        if error.sqlstate.startswith("57"): raise
+        return plpy.warning("new rows stay pending: the Python package of pg_autoembed does not load")
+GD["autoembed 1"].embed_rows(int(TD["relid"]), TD["args"][0])
 $$;
 
 -- What embed_rows asks for: which registration, and the query over the transition table. Nothing where the writer may
 -- not write the vector, the column is paused, or the owner was never given embed_column.
 create function autoembed.immediate(
     relation oid, target name, out registration bigint, out generation bigint, out model text, out fingerprint text,
-    out label text, out shape text, out query text)
+    out label text, out dimensions integer, out shape text, out query text)
 returns setof record
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -43,7 +47,7 @@ begin
     s := autoembed.shape_of(r.id);
     if s.relation is null
         or not has_any_column_privilege(s.relation, 'select')
-        or not has_column_privilege(s.relation, r.target, 'update')
+        or not has_table_privilege(s.relation, 'update')
         or not has_function_privilege((select c.relowner from pg_class c where c.oid = s.relation),
                                       '@extschema@.embed_column(regclass, name[], name, text, text, boolean)', 'execute') then
         return;
@@ -53,6 +57,7 @@ begin
     model := s.model;
     fingerprint := s.fingerprint;
     label := s.label;
+    dimensions := s.dimensions;
     shape := s::text;
     query := format('select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
                      where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
@@ -109,8 +114,11 @@ begin atomic
     from pg_catalog.pg_trigger t
     where t.tgrelid = (r).relation and t.tgfoid = 'autoembed.invalidate()'::regprocedure
       and (t.oid = (r).row_trigger
-           or (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text)
-    order by t.oid = (r).row_trigger desc nulls last
+           or (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text
+           or not exists (select from pg_catalog.pg_attribute a  -- the column was renamed since pg_upgrade
+                          where a.attrelid = t.tgrelid and a.attname::text = (autoembed.arguments_of(t.oid))[1]))
+    order by t.oid = (r).row_trigger desc nulls last,
+             (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text desc
     limit 1;
 end;
 
@@ -145,27 +153,28 @@ $$;
 create function autoembed.install_row_trigger(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    s autoembed.shape := autoembed.shape_of(registration);
     r autoembed.registration;
+    sources name[];
     trigger name;
 begin
     select * into r from autoembed.registration g where g.id = install_row_trigger.registration;
+    sources := autoembed.column_names(r.relation, r.sources);
     trigger := autoembed.name_row_trigger(r);
     execute format(
         'create or replace trigger %I before update %s on %s for each row when (%s) execute function autoembed.invalidate(%s)',
         trigger,
-        case when not autoembed.needs_every_update(s.relation)
-            then 'of ' || (select string_agg(quote_ident(u), ', ') from unnest(s.sources) u) end,
-        s.name,
+        case when not autoembed.needs_every_update(r.relation)
+            then 'of ' || (select string_agg(quote_ident(u), ', ') from unnest(sources) u) end,
+        r.relation::regclass,
         (select string_agg(format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u), ' or ')
-         from unnest(s.sources) u),
+         from unnest(sources) u),
         (select string_agg(quote_literal(u), ', ' order by n)
          from unnest(autoembed.trigger_arguments(registration)) with ordinality as a (u, n)));
     -- also where session_replication_role is replica: a subscriber's vectors go stale like anybody's
-    execute format('alter table %s enable always trigger %I', s.name, trigger);
-    execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, s.name);
+    execute format('alter table %s enable always trigger %I', r.relation::regclass, trigger);
+    execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, r.relation::regclass);
     update autoembed.registration g
-    set row_trigger = (select t.oid from pg_trigger t where t.tgrelid = s.relation and t.tgname = trigger)
+    set row_trigger = (select t.oid from pg_trigger t where t.tgrelid = r.relation and t.tgname = trigger)
     where g.id = r.id;
 end
 $$;
@@ -225,23 +234,24 @@ end;
 create function autoembed.install_statement_triggers(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    s autoembed.shape := autoembed.shape_of(registration);
+    r autoembed.registration;
     target name := autoembed.target_name(registration);
     trigger name;
     event text;
 begin
-    for trigger in select * from autoembed.statement_triggers(s.relation, target) loop
-        execute format('drop trigger %I on %s', trigger, s.name);
+    select * into r from autoembed.registration g where g.id = install_statement_triggers.registration;
+    for trigger in select * from autoembed.statement_triggers(r.relation, target) loop
+        execute format('drop trigger %I on %s', trigger, r.relation::regclass);
     end loop;
-    if s.mode <> 'immediate' then
+    if r.mode <> 'immediate' then
         return;
     end if;
     foreach event in array array['insert', 'update'] loop
-        trigger := autoembed.free_trigger_name(s.relation, format('~autoembed_%s_%s', autoembed.cut(target, 40), event));
+        trigger := autoembed.free_trigger_name(r.relation, format('~autoembed_%s_%s', autoembed.cut(target, 40), event));
         execute format(
             'create trigger %I after %s on %s referencing new table as autoembed_new for each statement execute function autoembed.embed_rows(%L)',
-            trigger, event, s.name, target);
-        execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, s.name);
+            trigger, event, r.relation::regclass, target);
+        execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, r.relation::regclass);
     end loop;
 end
 $$;
@@ -275,9 +285,10 @@ declare
     place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
     index name;
 begin
-    if exists (select from autoembed.registration r, autoembed.pending_indexes(r.relation, r.target) where r.id = registration) then
+    if autoembed.has_pending_index(s.relation, s.target_number) then
         return;
     end if;
+    perform autoembed.drop_pending_index(s.relation, s.target_number);  -- of a former key
     index := autoembed.free_index_name(s.relation, target, 'pending');
     execute format('create index %I on %s ((%s is null), %s) where %s', index, s.name, s.target,
                    (select string_agg(quote_ident(u), ', ' order by k.n) from unnest(s.key_names) with ordinality as k (u, n)),
@@ -297,6 +308,16 @@ begin atomic
       and exists (select from pg_catalog.pg_depend c
                   where c.classid = 'pg_class'::regclass and c.objid = i.indexrelid
                     and c.refclassid = 'pg_class'::regclass and c.refobjid = relation and c.refobjsubid = target);
+end;
+
+create function autoembed.has_pending_index(relation oid, target smallint) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from autoembed.pending_indexes(relation, target) p
+        join pg_catalog.pg_index i on i.indexrelid = p and i.indisvalid
+        where (i.indkey::smallint[])[1 : i.indnkeyatts - 1] = (
+            select (k.indkey::smallint[])[0 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
 end;
 
 create function autoembed.drop_triggers(relation oid, row_trigger oid, target name) returns void
@@ -361,6 +382,15 @@ $$;
 create function autoembed.on_ddl() returns event_trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
 declare
+    touched oid[] := array(
+        select distinct a.relid
+        from pg_event_trigger_ddl_commands() d
+        left join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
+        left join pg_type y on d.command_tag = 'ALTER TYPE' and (y.oid = d.objid or y.typrelid = d.objid)
+        left join pg_class c on c.reloftype = y.oid  -- typed tables, which ALTER TYPE … CASCADE does not name
+        cross join lateral (
+            select coalesce(c.oid, t.tgrelid, d.objid) as relid
+            union select p.relid from pg_partition_ancestors(coalesce(c.oid, t.tgrelid, d.objid)) p) a);
     trigger record;
     id bigint;
 begin
@@ -377,17 +407,19 @@ begin
     end loop;
     -- a column of the key may have another name now
     update autoembed.registration r set generation = r.generation + 1
-    where r.relation in (select d.objid from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
-    -- all of them: ALTER TYPE … RENAME ATTRIBUTE … CASCADE does not name the typed tables that it changes
-    for id in select r.id from autoembed.registration r where autoembed.is_outdated(r) loop
+    where r.relation = any (touched) and exists (
+        select from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
+    for id in
+        with near as materialized (select r from autoembed.registration r where r.relation = any (touched))
+        select (n.r).id from near n where autoembed.is_outdated(n.r)
+    loop
         perform autoembed.follow(id);
     end loop;
     -- ENABLE TRIGGER ALL, as loaders do, would leave a subscriber's vectors stale
     for trigger in
-        select t.tgname, t.tgrelid
-        from autoembed.registration r
-        join pg_trigger t on t.oid = autoembed.row_trigger(r) or t.tgparentid = autoembed.row_trigger(r)
-        where t.tgenabled = 'O'
+        with near as materialized (
+            select autoembed.row_trigger(r) as oid from autoembed.registration r where r.relation = any (touched))
+        select t.tgname, t.tgrelid from near n join pg_trigger t on n.oid in (t.oid, t.tgparentid) where t.tgenabled = 'O'
     loop
         execute format('alter table %s enable always trigger %I', trigger.tgrelid::regclass, trigger.tgname);
     end loop;
@@ -398,7 +430,7 @@ $$;
 create function autoembed.is_outdated(r autoembed.registration) returns boolean
 language sql stable
 begin atomic
-    select autoembed.is_sound(r) and autoembed.key_index((r).relation) is not null
+    select autoembed.is_sound(r)
            and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments((r).id)
                 or t.tgattr::text <> '' and autoembed.needs_every_update((r).relation)
                 or not autoembed.fires_last(r))
@@ -431,16 +463,21 @@ declare
     r record;
     trigger name;
 begin
-    if not exists (select from pg_event_trigger_dropped_objects() d
-                   where d.object_type in ('table', 'table column', 'trigger')) then
-        return;
-    end if;
     for r in
+        with touched as materialized (
+            select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))::oid
+                       else d.objid end as oid
+            from pg_event_trigger_dropped_objects() d where d.object_type in ('table', 'table column', 'trigger')
+        ), near as materialized (
+            select g.id from autoembed.registration g join touched t on t.oid = g.relation
+        )
         delete from autoembed.registration g
-        where not exists (select from pg_class c where c.oid = g.relation)
-           or autoembed.column_name(g.relation, g.target) is null
-           or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
-           or g.row_trigger is not null and autoembed.row_trigger(g) is null
+        using near
+        where g.id = near.id
+          and (not exists (select from pg_class c where c.oid = g.relation)
+               or autoembed.column_name(g.relation, g.target) is null
+               or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
+               or g.row_trigger is not null and autoembed.row_trigger(g) is null)
         returning g.*, (autoembed.arguments_of(g.row_trigger))[1] as target_name
     loop
         continue when not exists (select from pg_class c where c.oid = r.relation);

@@ -8,10 +8,10 @@ begin atomic
     select hashtextextended(format('autoembed row %s %s %s', relation, target, key), 0);
 end;
 
-create function autoembed.flight_lock(inflight bigint) returns bigint
+create function autoembed.flight_lock(registration bigint, inflight bigint) returns bigint
 language sql immutable
 begin atomic
-    select hashtextextended(format('autoembed flight %s', inflight), 0);
+    select hashtextextended(format('autoembed flight %s %s', registration, inflight), 0);
 end;
 
 -- Held shared by each batch in flight, exclusively by a suspect: it flies alone, so that a crash is its own.
@@ -32,7 +32,8 @@ end;
 -- The columns that a call serves: those of the named relation, or of all relations that the caller owns himself;
 -- the one that has waited longest first, so that a call cut short by max_seconds starves nobody.
 create function autoembed.columns(
-    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text, out shape text)
+    relation oid default null, out registration bigint, out label text, out model text, out fingerprint text,
+    out dimensions integer, out shape text)
 returns setof record
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -51,7 +52,7 @@ begin
         select g.id
         from autoembed.registration g
         join pg_class c on c.oid = g.relation
-        where case when columns.relation is null then c.relowner = (select o.oid from pg_roles o where o.rolname = current_user)
+        where case when columns.relation is null then autoembed.is_own(g.relation)
                    else g.relation = columns.relation end
         order by (select max(u.finished) from autoembed.run u where u.registration = g.id) nulls first, g.id
     loop
@@ -61,6 +62,7 @@ begin
         label := s.label;
         model := s.model;
         fingerprint := s.fingerprint;
+        dimensions := s.dimensions;
         shape := s::text;
         return next;
     end loop;
@@ -85,7 +87,7 @@ language sql stable
 begin atomic
     select array(select autoembed.row_lock((s).relation, (s).target_number, u.key)
                  from unnest(keys) with ordinality as u (key, n) order by u.n)
-           || autoembed.flight_lock(inflight) || autoembed.air_lock();
+           || autoembed.flight_lock((s).registration, inflight) || autoembed.air_lock();
 end;
 
 create function autoembed.locks_without(s autoembed.shape, keys jsonb[], without jsonb[]) returns bigint[]
@@ -108,8 +110,8 @@ end;
 create function autoembed.held_back(s autoembed.shape, keys jsonb[]) returns jsonb[]
 language plpgsql volatile as $$
 declare
-    held jsonb[];
-    hashes bytea[];
+    held pg_catalog.jsonb[];
+    hashes pg_catalog.bytea[];
 begin
     select * into held, hashes from autoembed.held_keys(s.registration, keys);
     if held is null then
@@ -117,7 +119,7 @@ begin
     end if;
     execute pg_catalog.format(
         'select coalesce(pg_catalog.array_agg(d.key), ''{}'') from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as d (key, hash) join %s t on %s
-         where autoembed.hash(%s) operator(pg_catalog.=) d.hash', s.name, s.matching, s.content)
+         where autoembed.hash(%s) operator(pg_catalog.=) d.hash', s.rows, s.matching, s.content)
     into held using held, hashes;
     return held;
 end
@@ -127,14 +129,17 @@ $$;
 -- of them may take. The scan is bounded: rows in back-off move the cursor on and cost no more than that.
 -- The planner is bound to the partial index: with old statistics it would sort, or walk another one. jit is off here and
 -- below because what is switched off counts as very expensive, and jit would compile for seconds to run in microseconds.
+-- The other settings make a key's jsonb, and so its lock and its failures, the same in every session.
 create function autoembed.candidates(
     s autoembed.shape, after jsonb, wanted integer,
     out keys jsonb[], out locks bigint[], out cursor jsonb, out inflight bigint)
 returns setof record
-language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
+language plpgsql volatile
+    set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
+    set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
 declare
-    held jsonb[];
-    scan integer := wanted;
+    held pg_catalog.jsonb[];
+    scan pg_catalog.int4 := wanted;
 begin
     s := autoembed.enter(s);
     if s.relation is null or not s.enabled then
@@ -146,7 +151,7 @@ begin
     execute pg_catalog.format(
         'select pg_catalog.array_agg(c.key order by c.n)
          from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s order by %s limit $2) c',
-        s.key, s.name, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering)
+        s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering)
     into keys using after, scan;
     if keys is null then
         return;
@@ -180,7 +185,7 @@ end;
 create function autoembed.try_locks(s autoembed.shape, inflight bigint, wanted jsonb[]) returns jsonb[]
 language sql volatile
 begin atomic
-    select pg_try_advisory_lock(autoembed.flight_lock(inflight));
+    select pg_try_advisory_lock(autoembed.flight_lock((s).registration, inflight));
     select array(select u.key from unnest(wanted) with ordinality as u (key, n)
                  where pg_try_advisory_lock(autoembed.row_lock((s).relation, (s).target_number, u.key)) order by u.n);
 end;
@@ -194,7 +199,7 @@ begin
     end if;
     insert into autoembed.inflight (id, registration, cluster, alone, keys, hashes)
     values (inflight, s.registration, autoembed.cluster(), alone, keys, hashes);
-    insert into autoembed.inflight_twin values (inflight);
+    insert into autoembed.inflight_twin values (s.registration, inflight);
     -- lost with the crash that it must outlive, the row would blame nobody and the server would crash again
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);
@@ -210,7 +215,7 @@ create function autoembed.claim(
 returns setof record
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
-    mine jsonb[];
+    mine pg_catalog.jsonb[];
 begin
     if alone then
         perform pg_catalog.pg_advisory_lock(autoembed.air_lock());
@@ -227,7 +232,7 @@ begin
                 coalesce(pg_catalog.array_agg(autoembed.hash(c.content)), ''{}'')
          from (select d.key, %1$s as content from pg_catalog.unnest($1) as d (key) join %2$s t on %3$s where %4$s) c
          where c.content collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
-        s.content, s.name, s.matching, s.pending)
+        s.content, s.rows, s.matching, s.pending)
     into keys, contents, hashes using mine;
     perform autoembed.release(autoembed.locks_without(s, mine, keys));
     generation := s.generation;
@@ -247,8 +252,8 @@ create function autoembed.complete(
 returns jsonb[]
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare
-    written jsonb[];
-    changed jsonb[];
+    written pg_catalog.jsonb[];
+    changed pg_catalog.jsonb[];
 begin
     s := autoembed.enter(s);
     if s.relation is null or s.generation operator(pg_catalog.<>) generation then
@@ -268,11 +273,11 @@ begin
          )
          select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
                 pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',
-        s.name, s.matching, s.target, s.content, s.type)
+        s.rows, s.matching, s.target, s.content, s.type)
     into written, changed using keys, hashes, vectors;
     if changed is not null then
         execute pg_catalog.format(
-            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s', s.name, s.target, s.matching)
+            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s', s.rows, s.target, s.matching)
         using changed;
     end if;
     return written;
@@ -314,7 +319,7 @@ begin
     if r.id is null or not autoembed.owns(r.relation) then
         return;
     end if;
-    delete from autoembed.inflight f where f.id = settle.inflight;
+    delete from autoembed.inflight f where f.registration = r.id and f.id = settle.inflight;
     delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
     delete from autoembed.failure f where f.registration = r.id and f.key = any (written);
     delete from autoembed.truncation f where f.registration = r.id and f.key = any (written);
@@ -333,10 +338,10 @@ begin
 end
 $$;
 
-create function autoembed.forget(inflight bigint) returns void
+create function autoembed.forget(registration bigint, inflight bigint) returns void
 language sql volatile
 begin atomic
-    delete from autoembed.inflight f where f.id = inflight;
+    delete from autoembed.inflight f where f.registration = forget.registration and f.id = inflight;
 end;
 
 -- Rows in flight whose worker is gone (their lock is free): with the twin there, the worker merely went; without it,
@@ -348,9 +353,9 @@ declare
     crashed boolean;
 begin
     for f in select * from autoembed.inflight i where i.registration = recover.registration
-             and pg_try_advisory_xact_lock(autoembed.flight_lock(i.id)) loop
-        crashed := not exists (select from autoembed.inflight_twin w where w.id = f.id) and f.cluster = autoembed.cluster();
-        delete from autoembed.inflight i where i.id = f.id;
+             and pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)) loop
+        crashed := not exists (select from autoembed.inflight_twin w where w.registration = f.registration and w.id = f.id) and f.cluster = autoembed.cluster();
+        delete from autoembed.inflight i where i.registration = f.registration and i.id = f.id;
         continue when not (found and crashed);
         if f.alone then
             perform autoembed.fail(f.registration, f.keys[1], f.hashes[1], 'crashed', 'the server crashed while this text alone was encoded');
@@ -387,7 +392,7 @@ begin
     execute pg_catalog.format(
         'delete from autoembed.suspect d where d.registration operator(pg_catalog.=) $1 and not exists (
              select from %s t where %s and %s and autoembed.hash(%s) operator(pg_catalog.=) d.hash)',
-        s.name, s.matching, s.pending, s.content) using s.registration;
+        s.rows, s.matching, s.pending, s.content) using s.registration;
     key := autoembed.first_suspect(s.registration, after);
     if key is null then
         return;
@@ -415,7 +420,7 @@ $$;
 create function autoembed.tidy(s autoembed.shape) returns void
 language plpgsql volatile as $$
 declare
-    kind text;
+    kind pg_catalog.text;
 begin
     s := autoembed.enter(s);
     if s.relation is null or not autoembed.tidy_runs(s.registration) then
@@ -434,7 +439,7 @@ begin
                  where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and not d.there
              )
              update autoembed.%1$I f set checked = pg_catalog.clock_timestamp() from oldest d
-             where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and d.there', kind, s.name, s.matching) using s.registration;
+             where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and d.there', kind, s.rows, s.matching) using s.registration;
     end loop;
 end
 $$;

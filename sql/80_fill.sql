@@ -4,8 +4,8 @@ create procedure embed_pending(
     batch integer default 32, relation regclass default null, max_rows bigint default null, max_seconds integer default null,
     inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0)
 language plpython3u as $$
-if "autoembed" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed"].embed_pending(batch, relation, max_rows, max_seconds)
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_pending(batch, relation, max_rows, max_seconds)
 $$;
 
 comment on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) is

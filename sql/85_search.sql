@@ -40,41 +40,61 @@ $$;
 comment on function embed_index(regclass, name, integer, integer, boolean) is
     'make the hnsw index (cosine); with concurrent => true only return the statement, to be run outside a transaction';
 
+-- The column and a value of the filter, brought to the type that the column's own btree order works on, and that
+-- order's equality: found by name, the operator could be anybody's.
+create function autoembed.filter_equality(type oid, out cast_to text, out equals text)
+language sql stable
+begin atomic
+    with recursive base (oid) as (
+        select type
+        union all
+        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+    ), plain as (
+        select case when autoembed.is_text(type) then 'text'::regtype::oid else t.oid end as oid, t.typtype
+        from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype <> 'd'
+    )
+    select autoembed.type_name(p.oid), autoembed.operator_of(o.opcfamily, o.opcintype, 3)
+    from plain p
+    join pg_catalog.pg_opclass o on o.opcdefault and o.opcintype = case p.typtype when 'e' then 'anyenum'::regtype else p.oid end
+    join pg_catalog.pg_am m on m.oid = o.opcmethod and m.amname = 'btree';
+end;
+
 -- Conditions from {"column": value}: equality; null is null; an array is any of its elements; a jsonb column contains the value.
-create function autoembed.filter_condition(relation regclass, filter jsonb) returns text
+create function autoembed.filter_condition(relation oid, filter jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     f record;
     a pg_attribute;
+    e record;
     conditions text[] := '{}';
-    value text;
 begin
     if jsonb_typeof(filter) <> 'object' then
         raise exception using errcode = 'invalid_parameter_value', message = 'the filter is not a JSON object',
             hint = 'Write it as {"column": value, …}.';
     end if;
-    for f in select e.key, e.value, jsonb_typeof(e.value) as type from jsonb_each(filter) e loop
+    for f in select x.key, x.value, jsonb_typeof(x.value) as type from jsonb_each(filter) x loop
         select * into a from pg_attribute x
         where x.attrelid = relation and x.attname = f.key and x.attnum > 0 and not x.attisdropped;
+        e := autoembed.filter_equality(a.atttypid);
         if a.attnum is null then
             raise exception using errcode = 'undefined_column',
-                message = format('the filter names column %I, which relation %s does not have', f.key, relation);
-        end if;
-        value := format('($3 operator(pg_catalog.->>) %L)::%s', f.key, autoembed.type_name(a.atttypid));
-        conditions := conditions || case
-            when f.type = 'null' then format('t.%I is null', f.key)
-            when a.atttypid = 'jsonb'::regtype then format('t.%I operator(pg_catalog.@>) ($3 operator(pg_catalog.->) %L)', f.key, f.key)
-            when f.type = 'array' then format(
-                't.%I in (select e::%s from pg_catalog.jsonb_array_elements_text($3 operator(pg_catalog.->) %L) e)',
-                f.key, autoembed.type_name(a.atttypid), f.key)
-            when f.type = 'object' then 'null'
-            else format('t.%I = %s', f.key, value) end;
-        if f.type = 'object' and a.atttypid <> 'jsonb'::regtype then
+                message = format('the filter names column %I, which relation %s does not have', f.key, relation::regclass);
+        elsif f.type = 'null' then
+            conditions := conditions || format('t.%I is null', f.key);
+        elsif a.atttypid = 'jsonb'::regtype then
+            conditions := conditions || format('t.%I operator(pg_catalog.@>) ($3 operator(pg_catalog.->) %L)', f.key, f.key);
+        elsif f.type = 'object' or e.equals is null then
             raise exception using errcode = 'invalid_parameter_value',
-                message = format('the filter gives an object for column %I, which is not of type jsonb', f.key);
+                message = format('the filter cannot compare column %I, of type %s, with a JSON %s', f.key, a.atttypid::regtype, f.type);
+        else
+            conditions := conditions || format(
+                '(t.%I)::%s %s any (array(select (v.v)::%2$s from pg_catalog.jsonb_array_elements_text(%4$s) v (v)))',
+                f.key, e.cast_to, e.equals,
+                format(case f.type when 'array' then '$3 operator(pg_catalog.->) %L'
+                       else 'pg_catalog.jsonb_build_array($3 operator(pg_catalog.->) %L)' end, f.key));
         end if;
     end loop;
-    return coalesce(array_to_string(conditions, ' and '), 'true');
+    return coalesce(nullif(array_to_string(conditions, ' and '), ''), 'true');
 end
 $$;
 
@@ -87,7 +107,7 @@ begin atomic
         (select 'pg_catalog.jsonb_build_object(' || string_agg(format('%L, t.%I', u.name, u.name), ', ' order by u.n) || ')'
          from unnest(s.key_names) with ordinality as u (name, n)),
         s.target, (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),
-        s.content, s.name,
+        s.content, s.rows,
         case when filter is not null and filter <> '{}' then 'and ' || autoembed.filter_condition(s.relation, filter) end,
         s.type);
 end;
@@ -131,17 +151,17 @@ returns setof record
 language plpgsql stable parallel restricted rows 10 as $$
 declare
     s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
-    question text;
-    former text[];
+    question pg_catalog.text;
+    former pg_catalog.text[];
 begin
     if (k between 1 and 1000) is not true then
         raise exception using errcode = 'invalid_parameter_value',
-            message = pg_catalog.format('k is %s', coalesce(k::text, 'null')), hint = 'k is 1 to 1000.';
+            message = pg_catalog.format('k is %s', coalesce(k::pg_catalog.text, 'null')), hint = 'k is 1 to 1000.';
     elsif query is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'the query is null';
     end if;
     perform autoembed.check_model(s);
-    question := @extschema@.embed(query, s.model, 'query')::text;
+    question := @extschema@.embed(query, s.model, 'query')::pg_catalog.text;
     former := autoembed.widen_search(k, filter is not null);
     return query execute autoembed.search_statement(s, filter) using question, k, filter;
     perform autoembed.narrow_search(former);

@@ -13,10 +13,11 @@ select r.relation::regclass as relation, autoembed.column_names(r.relation, r.so
        a.atttypmod as dimensions, r.fingerprint,
        case when not r.enabled then 'paused'
             when autoembed.key_index(r.relation) is null then 'no key: the relation has lost its primary key'
-            when not exists (select from autoembed.pending_indexes(r.relation, r.target)) then 'no pending index: call embed_column with if_not_exists => true'
+            when not autoembed.has_pending_index(r.relation, r.target) then 'no pending index: call embed_column with if_not_exists => true'
             when m.name is null then 'model missing: add it with `autoembed model add`'
             when m.status <> 'ready' then 'model ' || m.status
             when m.fingerprint <> r.fingerprint then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
+            when m.dimensions <> a.atttypmod then format('the column has %s dimensions, the model %s', a.atttypmod, m.dimensions)
             else 'ready' end as status
 from autoembed.registration r
 join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
@@ -32,10 +33,10 @@ end;
 create function autoembed.indexed_count(s autoembed.shape) returns bigint
 language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
-    found bigint;
+    found pg_catalog.int8;
 begin
     execute pg_catalog.format('select pg_catalog.count(*) from (select from %s t where %s order by %s limit 100001) c',
-                              s.name, s.pending, s.ordering) into found;
+                              s.rows, s.pending, s.ordering) into found;
     return found;
 end
 $$;
@@ -64,16 +65,16 @@ language plpgsql volatile as $$
 begin
     execute pg_catalog.format(
         'select pg_catalog.count(*), pg_catalog.count(t.%1$s), pg_catalog.count(*) filter (where %2$s and %3$s) from %4$s t %5$s',
-        s.target, s.pending, autoembed.has_text(s.content), s.name,
+        s.target, s.pending, autoembed.has_text(s.content), s.rows,
         case when percent operator(pg_catalog.<) 100::pg_catalog.float8
             then pg_catalog.format('tablesample system (%s)', percent) end)
     into rows, filled, waiting;
 end
 $$;
 
--- Counts for one column. Tables of up to 100,000 rows are counted; of larger ones 1,000 random pages are, and only
--- what is pending is exact, up to 100,000 rows, since the partial index holds just that.
-create function autoembed.counts(
+-- Counts for one column of the caller's own table. Up to 100,000 rows are counted; of a larger table 1,000 random pages
+-- are, and only what is pending is exact, up to 100,000 rows, since the partial index holds just that.
+create function autoembed.own_counts(
     registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
 language sql volatile
 begin atomic
@@ -91,19 +92,45 @@ begin atomic
     from counted c;
 end;
 
+-- Of others' tables what the statistics say, whoever looks: planning a query over a table can already run its owner's
+-- code (an index on a constant expression) with the reader's rights, and any tenant can add his table to this view.
+create function autoembed.counts(
+    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+language plpgsql volatile as $$
+begin
+    if autoembed.is_own(r.relation) then
+        select * into total, embedded, pending, blank, exact from autoembed.own_counts(r.id);
+    else
+        select * into total, embedded, pending, blank, exact from autoembed.known_counts(r);
+    end if;
+end
+$$;
+
+create function autoembed.known_counts(
+    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+language sql volatile
+begin atomic
+    select k.total, greatest(k.total - k.pending, 0), k.pending, null::bigint, false
+    from (select autoembed.row_estimate((r).relation) as total,
+                 (select coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint
+                  from autoembed.pending_indexes((r).relation, (r).target) p
+                  join lateral (select p as oid union select t.relid from pg_catalog.pg_partition_tree(p) t where t.isleaf) l on true
+                  join pg_catalog.pg_class c on c.oid = l.oid) as pending) k;
+end;
+
 -- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp
 create function autoembed.oldest_pending(registration bigint) returns timestamptz
 language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
     s autoembed.shape := autoembed.shape_of(registration);
-    oldest timestamptz;
+    oldest pg_catalog.timestamptz;
 begin
     if pg_catalog.current_setting('track_commit_timestamp') operator(pg_catalog.<>) 'on' then
         return null;
     end if;
     execute pg_catalog.format(
         'select pg_catalog.min(pg_catalog.pg_xact_commit_timestamp(c.xmin)) from (select t.xmin from %s t where %s order by %s limit 1000) c
-         where pg_catalog.age(c.xmin) operator(pg_catalog.<) 1000000000', s.name, s.pending, s.ordering) into oldest;
+         where pg_catalog.age(c.xmin) operator(pg_catalog.<) 1000000000', s.rows, s.pending, s.ordering) into oldest;
     return oldest;
 end
 $$;
@@ -124,18 +151,16 @@ select r.relation::regclass as relation, autoembed.column_name(r.relation, r.tar
        p.rate as rows_per_second,
        case when c.pending = 0 then '0'::interval
             when p.rate > 0 then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
-       clock_timestamp() - autoembed.oldest_pending(r.id) as oldest_pending,
+       case when autoembed.is_own(r.relation) then clock_timestamp() - autoembed.oldest_pending(r.id) end as oldest_pending,
        c.exact
 from autoembed.registration r
-cross join lateral autoembed.counts(r.id) c
+cross join lateral autoembed.counts(r) c
 cross join lateral (select count(*) filter (where x.next_try is null) as failed,
                            count(*) filter (where x.next_try is not null) as waiting
                     from autoembed.failure x where x.registration = r.id) f
 cross join lateral (select count(*) as truncated from autoembed.truncation x where x.registration = r.id) t
 cross join lateral (select autoembed.rate(r.id) as rate) p
--- counting under row-level security would run the policies of another's table with the reader's rights
-where has_table_privilege(r.relation, 'select') and (autoembed.owns(r.relation) or not row_security_active(r.relation))
-  and autoembed.key_index(r.relation) is not null and autoembed.is_sound(r);
+where has_any_column_privilege(r.relation, 'select') and autoembed.key_index(r.relation) is not null and autoembed.is_sound(r);
 
 create view embedding_throughput with (security_invoker = true) as
 select date_trunc('minute', u.finished) as minute, r.relation::regclass as relation,

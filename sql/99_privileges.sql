@@ -23,7 +23,7 @@ grant usage on sequence autoembed.inflight_id_seq to public;
 -- what is declared is no secret, as a table's triggers are none
 create policy everyone on autoembed.registration for select using (true);
 create policy owner on autoembed.registration using (autoembed.owns(relation)) with check (autoembed.owns(relation));
-create policy owner on autoembed.inflight_twin using (id in (select i.id from autoembed.inflight i));
+create policy owner on autoembed.inflight_twin using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
 
 -- A role that may fill without owning must see what is held back, or it would try what crashed the server again and
 -- again; but no more rows than it can read in the table anyway.

@@ -142,7 +142,9 @@ class _Batch:
             self.checkpoint()
             try:
                 done = work(part)
-            except Exception as error:  # noqa: BLE001 -- no query runs in here, so this can be no cancel
+            except BaseException as error:  # no query runs in here, so this can be no cancel
+                if not _is_fault(error):
+                    raise
                 failed = error
             else:
                 yield done
@@ -155,12 +157,14 @@ class _Batch:
                 middle = len(part) // 2
                 stack += [part[middle:], part[:middle]]
 
-    def _failure(self, error: Exception) -> Failure:
+    def _failure(self, error: BaseException) -> Failure:
         """The text's failure, once a plain word shows that the encoder itself still works."""
         self.checkpoint()
         try:
             self.encoder.encode([PLAIN_WORD])
-        except Exception as broken:  # noqa: BLE001 -- as above
+        except BaseException as broken:
+            if not _is_fault(broken):
+                raise
             kind = OutOfMemory if _is_out_of_memory(broken) else EncoderBroken
             raise kind(name=self.encoder.model.name, reason=type(broken).__name__) from None
         if _is_out_of_memory(error):
@@ -168,7 +172,12 @@ class _Batch:
         return Failure("encoder", f"the encoder raised {type(error).__name__}")
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_fault(error: BaseException) -> bool:
+    """A panic in the tokenizer's Rust code is no Exception, and its message may quote the text."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -155,3 +155,10 @@ class OtherModel(AutoembedError):
     default_hint = (
         "Restore its files, or call embed_column_set(…, model => '{name}'): it clears the column to fill it anew."
     )
+
+
+class OtherDimensions(AutoembedError):
+    """{label} is a vector({column}) now, but model "{name}" has {model} dimensions"""
+
+    sqlstate = "55000"
+    default_hint = "Give the column its type back, or call embed_column_set(…, model => …) with a model that fits."

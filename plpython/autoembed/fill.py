@@ -35,6 +35,7 @@ class Column:
     label: str
     model: str
     fingerprint: str
+    dimensions: int
     shape: str
 
 
@@ -94,7 +95,7 @@ class Database(Protocol):
         self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
     ) -> list[str]: ...
     def settle(self, column: Column, inflight: int, claim: Claim, result: Round, token_limit: int) -> None: ...
-    def forget(self, inflight: int) -> None: ...
+    def forget(self, column: Column, inflight: int) -> None: ...
     def release(self, locks: list[int]) -> None: ...
     def recover(self, column: Column) -> None: ...
     def authorize(self, column: Column) -> None: ...
@@ -344,16 +345,21 @@ class Filler:
     def abandon(self, found: Candidates) -> None:
         """After an error: nothing half-written, no inflight row, no lock left in a pooled session.
 
-        A second cancel can hit right here, so the cleaning is done again until it is through; what it interrupts is
-        already on its way to the user.
+        The locks are given back even where the row cannot be deleted (a full disk, a transaction that became
+        read-only): a row whose lock is free blames nobody.
         """
+        self.clean(partial(self.database.forget, self.column, found.inflight))
+        self.clean(partial(self.database.release, found.locks))
+
+    def clean(self, step: Callable[[], None]) -> None:
+        """Again where a second cancel hits right here; any other error gives way to the one that is on its way."""
         while True:
             try:
                 self.database.rollback()
-                self.database.forget(found.inflight)
+                step()
                 self.database.commit()
-                self.let_go(found)
                 return
             except self.database.error as error:
-                if not self.database.sqlstate(error).startswith("57014"):
-                    raise
+                if self.database.sqlstate(error) != "57014":
+                    self.database.rollback()
+                    return

@@ -15,7 +15,7 @@ from orjson import Fragment, dumps
 
 from . import API_VERSION, __version__, batching, models, settings
 from .encoder import Encoder
-from .errors import AutoembedError, OtherModel
+from .errors import AutoembedError, OtherDimensions, OtherModel
 from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
 from .vectors import to_text
 
@@ -23,8 +23,6 @@ MAX_BATCH = 512
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
 COUNTED = 100_000
 """As far as autoembed.indexed_count counts."""
-ENCODERS_OWN = (ArithmeticError, ImportError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
-"""What the encoder's libraries raise. Not Exception: that would swallow a cancel, which is a plpy.SPIError."""
 QUOTES_NOTHING = ("25", "2D", "40", "42", "53", "54", "55", "57", "58", "XX")
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
 
@@ -48,7 +46,7 @@ def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
             hint="Install the package and the extension of one release, run ALTER EXTENSION pg_autoembed UPDATE, "
             "and reconnect.",
         )
-    gd["autoembed"] = Session(plpy, gd)
+    gd[f"autoembed {api_version}"] = Session(plpy, gd)
 
 
 def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
@@ -180,6 +178,10 @@ class Session:
             encoder = self.encoder(column.model)
             if encoder.model.fingerprint != column.fingerprint:
                 raise OtherModel(name=column.model)
+            if encoder.model.dimensions != column.dimensions:
+                raise OtherDimensions(
+                    name=column.model, model=encoder.model.dimensions, label=column.label, column=column.dimensions
+                )
             return encoder
 
         return load
@@ -251,15 +253,15 @@ class Session:
                     self.embed_new(plan, rows)
         except AutoembedError as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
-        except ENCODERS_OWN as error:
-            self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
         except self.plpy.SPIError as error:
             if error.sqlstate[:2] in ("57", "40", "53", "25"):
                 raise
             self.plpy.warning(f"{plan['label']}: new rows stay pending (SQLSTATE {error.sqlstate})")
+        except Exception as error:  # noqa: BLE001 -- a cancel is a SPIError, and went its way above
+            self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
 
     def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
-        column = Column(plan["registration"], plan["label"], plan["model"], plan["fingerprint"], plan["shape"])
+        column = column_of(plan)
         encoder = self.encoder_of(column)()
         outcomes = batching.encode_all(
             encoder,
@@ -345,6 +347,11 @@ class Progress:
         self.plpy.notice(message)
 
 
+def column_of(row: Any) -> Column:
+    names = ("registration", "label", "model", "fingerprint", "dimensions", "shape")
+    return Column(**{name: row[name] for name in names})
+
+
 def json(value: Any) -> str:
     return dumps(value).decode()
 
@@ -366,7 +373,7 @@ class SessionDatabase:
     def execute(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
         plan = self.plans.get(query)
         if plan is None:
-            plan = self.plans[query] = self.plpy.prepare(query, list(types))
+            plan = self.plans[query] = self.plpy.prepare(query, [f"pg_catalog.{name}" for name in types])
         return self.plpy.execute(plan, list(arguments))
 
     def row(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
@@ -379,9 +386,7 @@ class SessionDatabase:
 
     def columns(self, oid: int | None) -> list[Column]:
         rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
-        return [
-            Column(row["registration"], row["label"], row["model"], row["fingerprint"], row["shape"]) for row in rows
-        ]
+        return [column_of(row) for row in rows]
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
         row = self.row(
@@ -437,9 +442,9 @@ class SessionDatabase:
             [column.registration, inflight, claim.keys, result.written, *map(json, (failures, truncations, figures))],
         )
 
-    def forget(self, inflight: int) -> None:
+    def forget(self, column: Column, inflight: int) -> None:
         try:
-            self.execute("select autoembed.forget($1)", ["int8"], [inflight])
+            self.execute("select autoembed.forget($1, $2)", ["int8", "int8"], [column.registration, inflight])
         except self.plpy.SPIError as error:
             if error.sqlstate not in EXTENSION_GONE:
                 raise
