@@ -76,7 +76,7 @@ class Listener:
         for place, text in (("client", "\n".join(self.said)), ("log", self.server.log[self.logged :])):
             assert [line for line in text.splitlines() if TOKEN in line] == [], place
         for relation in state(connection):
-            shown = rows(connection, f"select t::text from {relation} t where position('{TOKEN}' in t::text) > 0")
+            shown = rows(connection, f"select t::text from {relation} t where position(%s in t::text) > 0", TOKEN)
             assert shown == [], relation
 
 
