@@ -60,7 +60,7 @@ def notices(connection: Connection) -> Iterator[list[Notice]]:
 
 @contextmanager
 def acting_as(connection: Connection, role: str) -> Iterator[Connection]:
-    """SET ROLE, and back."""
-    connection.execute(sql.SQL("set role {}").format(sql.Identifier(role)))
+    """As in a session of the role's own, and back."""
+    connection.execute(sql.SQL("set session authorization {}").format(sql.Identifier(role)))
     yield connection
-    connection.execute("reset role")
+    connection.execute("reset session authorization")

@@ -73,7 +73,7 @@ def warm_role(warm: Connection) -> Iterator[Callable[..., str]]:
 
     yield make
     warm.rollback()
-    warm.execute("reset role")
+    warm.execute("reset session authorization")
     for name in made:
         warm.execute(sql.SQL("drop owned by {} cascade").format(name))
         warm.execute(sql.SQL("drop role {}").format(name))
