@@ -80,6 +80,7 @@ class Session:
         # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
         self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
         self.database = SessionDatabase(plpy)
+        self.embedding_rows = False
 
     # --- embedding ---------------------------------------------------------------------------------------------
 
@@ -241,7 +242,19 @@ class Session:
 
     @interface
     def embed_rows(self, relation: int, target: str) -> None:
-        """A statement's new rows, in one pass. What a model or a missing right prevents stays pending."""
+        """A statement's new rows, in one pass. What a model or a missing right prevents stays pending.
+
+        The write of their vectors is an UPDATE itself and calls this again: then there is nothing to do.
+        """
+        if self.embedding_rows:
+            return
+        self.embedding_rows = True
+        try:
+            self.embed_statement(relation, target)
+        finally:
+            self.embedding_rows = False
+
+    def embed_statement(self, relation: int, target: str) -> None:
         plan = self.database.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
         if plan is None:
             return
