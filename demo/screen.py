@@ -40,10 +40,13 @@ class Screen:
             self.line(f"{INDENT}       {line}")
 
     def table(self, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Numbers to the right, as psql has them."""
         cells = [list(names), *[[shown(value) for value in row] for row in rows]]
         widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
+        marks = [">" if isinstance(value, int | float) else "<" for value in rows[0]]
         for number, row in enumerate(cells):
-            self.line(INDENT + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            padded = [f"{cell:{mark}{width}}" for cell, mark, width in zip(row, marks, widths, strict=True)]
+            self.line(INDENT + " | ".join(padded).rstrip())
             if number == 0:
                 self.line(INDENT + "-+-".join("-" * width for width in widths))
 

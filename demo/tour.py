@@ -27,16 +27,17 @@ MARK = "made by the demo of pg_autoembed"
 QUESTIONS = (
     "Why does my table keep growing although I delete rows?",
     "two transactions waiting for each other forever",
-    "How can I get back the state of yesterday noon?",
+    "How can I restore a database to the state it had yesterday at noon?",
 )
 NOTES = (
     "The office closes at noon on Fridays.",
     "A spare key is with the neighbours in number 12.",
     "Water the plants on the balcony twice a week.",
 )
-NOTES_QUESTION = "I locked myself out. Who can let me in?"
+NOTES_QUESTION = "I lost my key. Who has another one?"
 COLUMNS = "chunk_hash, chunk_text, context_header, source_file, chunk_index, total_chunks"
 PULL_SECONDS = 3600
+VOID = 2278  # the type of what returns nothing
 
 
 class DemoError(Exception):
@@ -80,6 +81,8 @@ def outcome(cursor: psycopg.Cursor) -> str:
     rows = re.fullmatch(r"SELECT (\d+)", cursor.statusmessage or "")
     if not rows:
         return cursor.statusmessage or ""
+    if cursor.description and cursor.description[0].type_code == VOID:
+        return "done"
     return "1 row" if rows[1] == "1" else f"{rows[1]} rows"
 
 
@@ -120,7 +123,8 @@ def pull(tour: Tour) -> None:
         done = subprocess.run(
             [sys.executable, "-m", *command], capture_output=True, text=True, timeout=PULL_SECONDS, check=False
         )
-        why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        said = [line for line in done.stderr.strip().splitlines() if not line.startswith("hint:")]
+        why = "" if done.returncode == 0 else (said or ["it gave no reason"])[-1].removeprefix("error: ")
     except subprocess.TimeoutExpired:
         why = "the hub took more than an hour"
     if why:
@@ -240,14 +244,14 @@ def write_and_find(tour: Tour) -> None:
 
 def look(tour: Tour) -> None:
     tour.screen.title("What the server knows about it")
-    tour.show("select relation, source, target, model, mode, dimensions, status from embedding_columns;")
+    tour.show("select relation, source, target, model, mode, status from embedding_columns;")
     tour.show(
         "select relation, total, embedded, pending, blank, failed, waiting, rows_per_second, time_left\n"
         "from embedding_progress;"
     )
     tour.show(
-        "select to_char(minute, 'HH24:MI') as minute, relation, rows, tokens, rows_per_second, tokens_per_second,\n"
-        "       claim_seconds, encode_seconds, write_seconds\nfrom embedding_throughput limit 5;"
+        "select to_char(minute, 'HH24:MI') as minute, relation, rows, tokens, rows_per_second,\n"
+        "       claim_seconds, encode_seconds, write_seconds\nfrom embedding_throughput limit 3;"
     )
     tour.show("select relation, key, kind, message, attempts, next_try from embedding_failures;")
 
