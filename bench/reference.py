@@ -9,7 +9,12 @@ if TYPE_CHECKING:
 
 def sentence_transformer(folder: Path) -> "SentenceTransformer":
     from sentence_transformers import SentenceTransformer
+
+    no_progress_bars()
+    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+
+
+def no_progress_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return SentenceTransformer(str(folder), device="cpu", local_files_only=True)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tokenizers import BertWordPieceTokenizer, Tokenizer
 
 from bench.corpus import content, corpus
-from bench.reference import sentence_transformer
+from bench.reference import no_progress_bars, sentence_transformer
 from bench.report import Table, machine, packages, state_folder
 
 LAYERS, WIDTH, INNER, VOCABULARY = 12, 768, 3072, 30527
@@ -76,6 +76,7 @@ def build_model(folder: Path) -> None:
     from sentence_transformers import SentenceTransformer, models
     from transformers import MPNetConfig, MPNetModel, MPNetTokenizerFast
 
+    no_progress_bars()
     torch.manual_seed(0)
     bare = folder.with_name(f"{NAME}-bare")
     tokenizer = MPNetTokenizerFast(vocab=vocabulary(), do_lower_case=True, model_max_length=512)
