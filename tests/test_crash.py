@@ -251,6 +251,7 @@ def test_flights_of_another_cluster_are_discarded(
     assert leftovers(db) == {}
 
 
+@pytest.mark.slow
 def test_power_cut(own_rig: Callable[..., Rig]) -> None:
     rig = own_rig()
     connection = rig.server.connect()

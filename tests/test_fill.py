@@ -420,6 +420,7 @@ def test_variables_of_plpgsql_take_the_totals(db: Connection, declared: Knowledg
     assert rows(db, "select * from totals") == [(5, 0, 0)]
 
 
+@pytest.mark.slow
 def test_on_a_standby_it_says_so(own_rig: Callable[..., Rig], tmp_path: Path) -> None:
     primary = own_rig({"wal_level": "replica", "max_wal_senders": 4}).server
     with primary.connect() as db:

@@ -45,7 +45,7 @@ def count_writes(db: Connection) -> None:
 def test_workers_share_without_loss_or_double(
     db: Connection, connect: Connect, declared: Knowledge, rig: Rig, workers: int
 ) -> None:
-    declared(300)
+    declared(200)
     count_writes(db)
     connections = [connect() for _ in range(workers)]
     for connection in connections:
@@ -56,16 +56,16 @@ def test_workers_share_without_loss_or_double(
     fillings = [Filling(connection, batch=8) for connection in connections]
     results = [filling.result for filling in fillings]
 
-    assert sum(embedded for embedded, _, _ in results) == 300
+    assert sum(embedded for embedded, _, _ in results) == 200
     assert {(failed, skipped) for _, failed, skipped in results} == {(0, 0)}
     assert all(embedded for embedded, _, _ in results)
     assert rows(db, "select id from writes group by id having count(*) > 1") == []
-    assert sum(texts for _, texts in rig.encodings()) == 300
+    assert sum(texts for _, texts in rig.encodings()) == 200
     assert leftovers(db) == {}
     assert_right(db)
     lost = [int(count) for count in re.findall(r"(\d+) left to other workers", rig.server.log[before:])]
     assert len(lost) == workers
-    assert sum(lost) < 300 * workers
+    assert sum(lost) < 200 * workers
 
 
 def test_worker_leaves_claimed_rows_alone(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:

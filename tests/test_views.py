@@ -115,6 +115,7 @@ def test_progress_of_partitions(db: Connection) -> None:
     assert counts(db, "parted") == {"total": 20, "embedded": 9, "pending": 10, "blank": 1}
 
 
+@pytest.mark.slow
 def test_oldest_pending_with_commit_timestamps(own_rig: Callable[..., Rig]) -> None:
     own = own_rig({"track_commit_timestamp": "on"})
     with own.server.connect() as db:
