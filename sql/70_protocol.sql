@@ -284,6 +284,14 @@ begin
 end
 $$;
 
+create function autoembed.is_constraint(name text) returns boolean
+language sql stable
+begin atomic
+    select exists (select from pg_catalog.pg_constraint c where c.conname = name::name)
+        or exists (select from pg_catalog.pg_index i join pg_catalog.pg_class c on c.oid = i.indexrelid
+                   where i.indisunique and c.relname = name::name);
+end;
+
 -- When a failed text is tried next: 30 s, 1, 2, 4 minutes; after the fifth try it stays failed.
 create function autoembed.next_try(kind text, attempts integer) returns timestamptz
 language sql volatile

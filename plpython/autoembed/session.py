@@ -6,6 +6,7 @@ Nothing about who may do what is kept here: GD survives SET ROLE.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -23,7 +24,13 @@ MAX_BATCH = 512
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
 COUNTED = 100_000
 """As far as autoembed.indexed_count counts."""
-QUOTES_NOTHING = ("25", "2D", "40", "42", "53", "54", "55", "57", "58", "XX")
+WORDED = re.compile(
+    "(canceling statement due to |terminating connection|could not serialize access|deadlock detected"
+    "|could not obtain lock|out of memory|out of shared memory|could not (extend|write|open|read|fsync) file"
+    "|cannot execute |invalid transaction termination|permission denied (for|to fill) |a superuser does not fill "
+    "|relation .* has no column declared for embedding$)"
+)
+"""Beginnings of what the server itself and our own SQL say. Not the SQLSTATE: a table's trigger chooses its own."""
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
 
 EXTENSION_GONE = ("3F000", "42883", "42P01")
@@ -52,8 +59,8 @@ def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
 def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
     """What a method raises reaches the user as an error of PostgreSQL, with its SQLSTATE and a hint, and no row text.
 
-    The server's own errors pass with their message where that never quotes a row: a trigger's, or a type's
-    ("invalid input syntax …"), may.
+    A message passes only where its words are the server's or ours: a trigger's, or a type's ("invalid input syntax …"),
+    may quote a row.
     """
 
     @wraps(method)
@@ -64,7 +71,7 @@ def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concaten
             self.fail(str(error), error.sqlstate, error.hint)
         except self.plpy.SPIError as error:
             detail, hint = error.spidata[1:3]
-            if error.sqlstate[:2] in QUOTES_NOTHING:
+            if WORDED.match(str(error)):
                 self.fail(str(error), error.sqlstate, hint, detail if error.sqlstate == "42501" else None)
             self.fail(f"the call was ended by SQLSTATE {error.sqlstate}", error.sqlstate, HIDDEN)
 
@@ -103,13 +110,14 @@ class Session:
         outcomes = batching.encode_all(
             encoder, texts, prompt=self.prompt(encoder, prompt), checkpoint=self.database.check_interrupts
         )
-        vectors = iter([self.vector(outcome, position) for position, outcome in enumerate(outcomes, 1)])
+        places = [place for place, text in enumerate(contents, 1) if text is not None]
+        vectors = iter([self.vector(outcome, place) for place, outcome in zip(places, outcomes, strict=True)])
         return [None if text is None else next(vectors) for text in contents]
 
-    def vector(self, outcome: batching.Vector | batching.Failure, position: int) -> str:
+    def vector(self, outcome: batching.Vector | batching.Failure, place: int) -> str:
         if isinstance(outcome, batching.Failure):
             state = "53200" if outcome.kind == "memory" else "38000"
-            self.fail(f"text {position} could not be embedded: {outcome.message}", state, None)
+            self.fail(f"text {place} could not be embedded: {outcome.message}", state, None)
         return to_text(outcome.values)
 
     def prompt(self, encoder: Encoder, name: str | None) -> str:
@@ -483,8 +491,12 @@ class SessionDatabase:
         return str(getattr(error, "sqlstate", "XX000"))
 
     def constraint(self, error: Exception) -> str | None:
+        """Its constraint, where there is one of that name: a trigger can name anything (USING CONSTRAINT = …)."""
         details = getattr(error, "spidata", None)
-        return details[-1] if details else None
+        name = details[-1] if details else None
+        if name is None or not self.value("select autoembed.is_constraint($1)", ["text"], [name]):
+            return None
+        return str(name)
 
     def check_interrupts(self) -> None:
         self.plpy.execute("select 1")
