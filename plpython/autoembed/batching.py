@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # A cancel acts between micro-batches; the second that it may take leaves room for a slow one.
 MICRO_BATCH_SECONDS = 0.4
 FIRST_MICRO_BATCH_TOKENS = 512
+# But no smaller than this. On a busy machine a pass costs what its threads wait for a core, however few its tokens:
+# cutting on would multiply the passes and gain nothing. In units of tokens times bytes of weights.
+LEAST_MICRO_BATCH_WORK = 512 * 200_000_000
 PLAIN_WORD = "word"
 MEMORY_WORDS = ("out of memory", "allocate memory")
 
@@ -62,13 +65,14 @@ def encode_all(
 class _Pace:
     """How many padded tokens the next micro-batch may have, from how long the last ones took."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, weights: int) -> None:
         self.budget = budget
         self.allowed = min(budget, FIRST_MICRO_BATCH_TOKENS)
+        self.least = max(64, min(FIRST_MICRO_BATCH_TOKENS, LEAST_MICRO_BATCH_WORK // max(weights, 1)))
 
     def took(self, tokens: int, seconds: float) -> None:
         affordable = int(tokens * MICRO_BATCH_SECONDS / max(seconds, 1e-6))
-        self.allowed = max(1, min(self.budget, affordable))
+        self.allowed = max(1, min(self.budget, max(self.least, affordable)))
 
     def ran_out_of_memory(self, tokens: int) -> None:
         self.budget = max(1, min(self.budget, tokens // 2))
@@ -83,7 +87,7 @@ class _Batch:
         self.texts = texts
         self.prompt = prompt
         self.checkpoint = checkpoint
-        self.pace = _Pace(budget)
+        self.pace = _Pace(budget, encoder.model.bytes)
         self.lengths: dict[int, int] = {}
         self.outcomes: dict[int, Outcome] = {}
 

@@ -43,8 +43,9 @@ class FakeEncoder:
         fault: Callable[[Sequence[str]], None] = lambda _: None,
         bend: Callable[[str, np.ndarray], np.ndarray] = lambda _, vector: vector,
         count_fault: Callable[[Sequence[str]], None] = lambda _: None,
+        weights: int = 0,
     ) -> None:
-        self.model = replace(MODEL)
+        self.model = replace(MODEL, bytes=weights)
         self.max_texts = 8
         self.token_budget = 200
         self.batches: list[list[str]] = []

@@ -168,9 +168,23 @@ def test_a_slow_model_gets_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch
         clock += len(texts) * len(texts[0]) / 50
 
     monkeypatch.setattr(time, "monotonic", lambda: clock)
-    encoder = FakeEncoder(fault=work)
-    run(encoder, ["x" * 10] * 20)
+    encoder = FakeEncoder(fault=work, weights=1 << 50)
+    run(encoder, ["x" * 25] * 20)
     assert [len(batch) for batch in encoder.batches] == [8, 2, 2, 2, 2, 2, 2]
+
+
+def test_micro_batches_do_not_shrink_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that costs a second however small it is, as on a busy machine, is not cut into more of them."""
+    clock = 0.0
+
+    def work(_texts: Sequence[str]) -> None:
+        nonlocal clock
+        clock += 1
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    encoder = FakeEncoder(fault=work)
+    run(encoder, ["x" * 25] * 32)
+    assert [len(batch) for batch in encoder.batches] == [8, 8, 8, 8]
 
 
 def test_the_first_micro_batch_is_small_until_the_pace_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
