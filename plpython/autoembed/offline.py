@@ -19,9 +19,13 @@ ENVIRONMENT = {
 }
 
 
+def set_environment() -> None:
+    os.environ.update(ENVIRONMENT)
+
+
 def prepare() -> None:
     """Call this before transformers or sentence_transformers is imported: both read the environment only then."""
-    os.environ.update(ENVIRONMENT)
+    set_environment()
     import tqdm
 
     tqdm.tqdm.monitor_interval = 0  # else the first progress bar, even a disabled one, starts a thread

@@ -69,6 +69,7 @@ class StEncoder:
     def load(cls, model: Model, settings: Settings) -> StEncoder:
         if settings.precision != PRECISION:
             raise InvalidSetting(variable="EMBEDDING_PRECISION", problem=f"must be {PRECISION} for this encoder")
+        offline.set_environment()  # before resolve imports torch: its OpenMP reads the environment only then
         device = resolve(settings.device)
         set_threads(settings.threads)
         transformer = _open(model, device)
