@@ -56,8 +56,8 @@ endif
 uninstall:  ## take it away again; models stay
 	@scripts/extension.sh remove
 
-bench: up dev  ## the benchmarks, printed as the README's table
-	@scripts/run.sh bench/run
+bench: up dev  ## the benchmarks, printed as a table (BENCH="pipeline --rows 512" chooses)
+	@scripts/run.sh bench/run $(BENCH)
 
 lint: install dev  ## ruff, mypy, shellcheck
 	@scripts/lint.sh

@@ -21,4 +21,4 @@ AUTOEMBED_DOC_DIR=$(dirname "$(find "$STATE/manual" -name index.html | head -n1)
 AUTOEMBED_DSN=$("$ROOT/scripts/server.sh" dsn)
 export AUTOEMBED_DOC_DIR AUTOEMBED_DSN AUTOEMBED_STATE=$STATE PYTHONDONTWRITEBYTECODE=1
 cd "$ROOT"
-exec "$STATE/venv/bin/python" "$1"
+exec "$STATE/venv/bin/python" "$@"
