@@ -29,7 +29,9 @@ class ApiMismatch(AutoembedError):
     """the extension's SQL speaks version {sql} and the Python package version {package}"""
 
     sqlstate = "55000"
-    default_hint = "Install both from one release (make install), then run ALTER EXTENSION pg_autoembed UPDATE."
+    default_hint = (
+        "Install both from one release (make install), run ALTER EXTENSION pg_autoembed UPDATE, and reconnect."
+    )
 
 
 class InvalidSetting(AutoembedError):

@@ -14,9 +14,9 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from orjson import Fragment, dumps
 
-from . import API_VERSION, __version__, batching, models, settings
+from . import API_VERSION, batching, models, settings
 from .encoder import Encoder
-from .errors import AutoembedError, OtherDimensions, OtherModel
+from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
 from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
 from .vectors import to_text
 
@@ -46,13 +46,8 @@ R = TypeVar("R")
 def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
     """Put the session into GD; refuse where the extension's SQL and this package do not fit."""
     if api_version != API_VERSION:
-        plpy.error(
-            f"the extension expects version {api_version} of the Python package's interface, "
-            f"but package {__version__} has version {API_VERSION}",
-            sqlstate="55000",
-            hint="Install the package and the extension of one release, run ALTER EXTENSION pg_autoembed UPDATE, "
-            "and reconnect.",
-        )
+        error = ApiMismatch(sql=api_version, package=API_VERSION)
+        plpy.error(str(error), sqlstate=error.sqlstate, hint=error.hint)
     gd[f"autoembed {api_version}"] = Session(plpy, gd)
 
 
