@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from autoembed.encoder import Encoded, Encoder
+    from autoembed.encoder import Encoder, Tokenized
 
 # A cancel acts between micro-batches; the second that it may take leaves room for a slow one.
 MICRO_BATCH_SECONDS = 0.4
@@ -22,6 +22,8 @@ FIRST_MICRO_BATCH_TOKENS = 512
 # But no smaller than this. On a busy machine a pass costs what its threads wait for a core, however few its tokens:
 # cutting on would multiply the passes and gain nothing. In units of tokens times bytes of weights.
 LEAST_MICRO_BATCH_WORK = 512 * 200_000_000
+# Characters that are tokenized without a look at interrupts: some tenths of a second.
+TOKENIZED_AT_ONCE = 250_000
 PLAIN_WORD = "word"
 MEMORY_WORDS = ("out of memory", "allocate memory")
 
@@ -63,7 +65,7 @@ def encode_all(
 
 
 class _Pace:
-    """How many padded tokens the next micro-batch may have, from how long the last ones took."""
+    """How many tokens the next micro-batch may have, from how long the last ones took; padding counts."""
 
     def __init__(self, budget: int, weights: int) -> None:
         self.budget = budget
@@ -88,34 +90,48 @@ class _Batch:
         self.prompt = prompt
         self.checkpoint = checkpoint
         self.pace = _Pace(budget, encoder.model.bytes)
-        self.lengths: dict[int, int] = {}
+        self.tokenized: dict[int, Tokenized] = {}
         self.outcomes: dict[int, Outcome] = {}
 
     def run(self) -> None:
-        self._count(range(len(self.texts)))
-        waiting = sorted(self.lengths, key=self.lengths.__getitem__)
+        for indexes in self._readable():
+            for part in self._succeeding(indexes, self._tokenize_part):
+                self.tokenized.update(part)
+        waiting = sorted(self.tokenized, key=lambda index: self.tokenized[index].length)
         while waiting:
             size = self._fitting(waiting)
             self._encode(waiting[:size])
             del waiting[:size]
 
-    def _count(self, indexes: Sequence[int]) -> None:
-        """Lengths as the model will see them; a text that the tokenizer chokes on is found by halving."""
-        for part in self._succeeding(indexes, self._count_part):
-            self.lengths.update(part)
+    def _readable(self) -> Iterator[list[int]]:
+        """Portions for the tokenizer: by characters, and a text that it chokes on is found by halving."""
+        portion: list[int] = []
+        characters = 0
+        for index, text in enumerate(self.texts):
+            if portion and characters + len(text) > TOKENIZED_AT_ONCE:
+                yield portion
+                portion, characters = [], 0
+            portion.append(index)
+            characters += len(text)
+        if portion:
+            yield portion
 
-    def _count_part(self, indexes: Sequence[int]) -> dict[int, int]:
-        counts = self.encoder.count([self.prompt + self.texts[index] for index in indexes])
-        limit = self.encoder.model.max_tokens
-        return {index: min(count, limit) for index, count in zip(indexes, counts, strict=True)}
+    def _tokenize_part(self, indexes: Sequence[int]) -> dict[int, Tokenized]:
+        tokenized = self.encoder.tokenize([self.texts[index] for index in indexes], self.prompt)
+        return dict(zip(indexes, tokenized, strict=True))
 
     def _fitting(self, waiting: Sequence[int]) -> int:
-        """How many of the shortest waiting texts make the next micro-batch; padding counts."""
+        """How many of the shortest waiting texts make the next micro-batch."""
         size = 1
         most = min(self.encoder.max_texts, len(waiting))
-        while size < most and (size + 1) * self.lengths[waiting[size]] <= self.pace.allowed:
+        while size < most and self._cost(waiting[: size + 1]) <= self.pace.allowed:
             size += 1
         return size
+
+    def _cost(self, indexes: Sequence[int]) -> int:
+        """In tokens; a text that could not even be tokenized counts as one."""
+        lengths = [self.tokenized[index].length if index in self.tokenized else 1 for index in indexes]
+        return len(lengths) * max(lengths) if self.encoder.pads else sum(lengths)
 
     def _encode(self, indexes: Sequence[int]) -> None:
         for part in self._succeeding(indexes, self._encode_part):
@@ -123,18 +139,15 @@ class _Batch:
 
     def _encode_part(self, indexes: Sequence[int]) -> dict[int, Outcome]:
         start = time.monotonic()
-        encoded = self.encoder.encode([self.texts[index] for index in indexes], self.prompt)
-        self.pace.took(self._padded(indexes), time.monotonic() - start)
-        return {index: self._checked(encoded, row) for row, index in enumerate(indexes)}
+        found = self.encoder.encode([self.tokenized[index] for index in indexes])
+        self.pace.took(self._cost(indexes), time.monotonic() - start)
+        return {index: self._checked(index, found[row]) for row, index in enumerate(indexes)}
 
-    def _padded(self, indexes: Sequence[int]) -> int:
-        return len(indexes) * max(self.lengths.get(index, 1) for index in indexes)
-
-    def _checked(self, encoded: Encoded, row: int) -> Outcome:
-        values = encoded.vectors[row]
+    def _checked(self, index: int, values: NDArray[np.float32]) -> Outcome:
         if problem := vectors.problem(values, self.encoder.model):
             return Failure("vector", problem)
-        return Vector(values, encoded.tokens[row], encoded.truncated[row])
+        tokenized = self.tokenized[index]
+        return Vector(values, tokenized.tokens, tokenized.truncated)
 
     def _succeeding(
         self, indexes: Sequence[int], work: Callable[[Sequence[int]], dict[int, T]]
@@ -154,7 +167,7 @@ class _Batch:
                 yield done
                 continue
             if _is_out_of_memory(failed):
-                self.pace.ran_out_of_memory(self._padded(part))
+                self.pace.ran_out_of_memory(self._cost(part))
             if len(part) == 1:
                 self.outcomes[part[0]] = self._failure(failed)
             else:
@@ -165,7 +178,7 @@ class _Batch:
         """The text's failure, once a plain word shows that the encoder itself still works."""
         self.checkpoint()
         try:
-            self.encoder.encode([PLAIN_WORD])
+            self.encoder.encode(self.encoder.tokenize([PLAIN_WORD]))
         except BaseException as broken:
             if not _is_fault(broken):
                 raise

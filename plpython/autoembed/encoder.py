@@ -1,10 +1,10 @@
-"""The one protocol behind which every encoder stands: texts in; vectors, token counts and truncation flags out."""
+"""The one protocol behind which every encoder stands: texts in; token counts first, then vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,27 +14,41 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """One micro-batch's result; tokens count special tokens and the prompt, and are taken before truncation."""
+class Tokenized:
+    """A text with its prompt, ready to be encoded; special tokens count. `content` is its encoder's own.
 
-    vectors: NDArray[np.float32]
-    tokens: list[int]
-    truncated: list[bool]
+    `tokens` is taken before truncation, `length` is what the model will see.
+    """
+
+    tokens: int
+    length: int
+    content: Any
+
+    @property
+    def truncated(self) -> bool:
+        return self.tokens > self.length
 
 
 class Encoder(Protocol):
-    """A loaded model. `max_texts` and `token_budget` are the largest micro-batch that it encodes well."""
+    """A loaded model. `max_texts` and `token_budget` are the largest micro-batch that it encodes well.
+
+    Where it `pads`, a micro-batch costs as many tokens as if all its texts were as long as the longest.
+    """
 
     model: Model
     device: str
     max_texts: int
     token_budget: int
+    pads: bool
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, special tokens included, before truncation."""
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
+        """What it raises is the texts' fault or a lack of memory."""
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
-        """One micro-batch in one forward pass. What it raises is the texts' fault or a lack of memory."""
+    def encode(self, texts: Sequence[Tokenized]) -> NDArray[np.float32]:
+        """One micro-batch in one forward pass: (texts, dimensions). What it raises is as above."""
+
+    def rest(self) -> None:
+        """A run has ended: give back the memory that only encoding needs."""
 
     def close(self) -> None:
         """Free the weights."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autoembed import offline
 from autoembed.device import resolve
-from autoembed.encoder import Encoded
+from autoembed.encoder import Tokenized
 from autoembed.errors import BrokenModel, InvalidSetting, MissingPackage, OutOfMemory
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class StEncoder:
         self.model = model
         self.device = device
         self.max_texts, self.token_budget = CPU_BATCH if device == "cpu" else GPU_BATCH
+        self.pads = True
         self._transformer = transformer
 
     @classmethod
@@ -76,18 +78,25 @@ class StEncoder:
         transformer.max_seq_length = model.max_tokens
         return cls(model, transformer, device)
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return count_tokens(self._transformer, texts)
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
+        whole = [prompt + text for text in texts]
+        limit = self.model.max_tokens
+        return [
+            Tokenized(tokens, min(tokens, limit), (prompt, text))
+            for tokens, text in zip(count_tokens(self._transformer, whole), texts, strict=True)
+        ]
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
-        tokens = self.count([prompt + text for text in texts])
+    def encode(self, texts: Sequence[Tokenized]) -> NDArray[np.float32]:
+        (prompt,) = {text.content[0] for text in texts}
         try:
-            vectors = encode_texts(self._transformer, texts, prompt)
+            vectors = encode_texts(self._transformer, [text.content[1] for text in texts], prompt)
         except (MemoryError, RuntimeError):
             self._release()
             raise
-        truncated = [count > self.model.max_tokens for count in tokens]
-        return Encoded(np.asarray(vectors, dtype=np.float32), tokens, truncated)
+        return np.asarray(vectors, dtype=np.float32)
+
+    def rest(self) -> None:
+        self._release()
 
     def close(self) -> None:
         self._transformer = None

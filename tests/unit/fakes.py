@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autoembed.encoder import Encoded
+from autoembed.encoder import Tokenized
 from autoembed.models import Model
 
 MODEL = Model(
@@ -48,21 +48,31 @@ class FakeEncoder:
         self.model = replace(MODEL, bytes=weights)
         self.max_texts = 8
         self.token_budget = 200
+        self.pads = True
         self.batches: list[list[str]] = []
         self.fault, self.bend, self.count_fault = fault, bend, count_fault
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        self.count_fault(texts)
-        return [len(text) for text in texts]
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
+        whole = [prompt + text for text in texts]
+        self.count_fault(whole)
+        limit = self.model.max_tokens
+        return [
+            Tokenized(len(text), min(len(text), limit), (prompt, short))
+            for text, short in zip(whole, texts, strict=True)
+        ]
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> Encoded:
-        self.batches.append(list(texts))
-        self.fault(texts)
+    def encode(self, texts: Sequence[Tokenized]) -> np.ndarray:
+        contents = [text.content[1] for text in texts]
+        self.batches.append(contents)
+        self.fault(contents)
         vectors = np.empty(len(texts), dtype=object)
         for row, text in enumerate(texts):
-            vectors[row] = self.bend(text, vector_of(prompt + text))
-        tokens = [len(prompt + text) for text in texts]
-        return Encoded(vectors, tokens, [count > self.model.max_tokens for count in tokens])
+            prompt, content = text.content
+            vectors[row] = self.bend(content, vector_of(prompt + content))
+        return vectors
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -77,7 +77,7 @@ def test_tokens_are_counted_before_truncation(load: Callable[..., Encoder], shel
     expected = [len(tokenizer(text)["input_ids"]) for text in TEXTS]
     encoder = load(name)
     found = outcomes(encoder)
-    assert encoder.count(TEXTS) == expected
+    assert [each.tokens for each in encoder.tokenize(TEXTS)] == expected
     assert [each.tokens for each in found] == expected
     assert [each.truncated for each in found] == [count > encoder.model.max_tokens for count in expected]
     assert max(expected) > 64
@@ -169,7 +169,7 @@ directory = {str(shelf.model_dir)!r}
 environ = {{"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_THREADS": "1", "EMBEDDING_DEVICE": "cpu"}}
 current = settings.read(environ)
 encoder = models.load(models.find(current, "tiny-mpnet"), current)
-encoder.encode(["one", "two"])
+encoder.encode(encoder.tokenize(["one", "two"]))
 import torch
 assert torch.get_num_threads() == 1
 assert threading.active_count() == 1, threading.enumerate()
@@ -191,7 +191,7 @@ def test_closing_frees_the_model(load: Callable[..., Encoder]) -> None:
     encoder = load("tiny-mpnet")
     encoder.close()
     with pytest.raises(AttributeError):
-        encoder.encode(["text"])
+        encoder.encode(encoder.tokenize(["text"]))
     assert threading.active_count() == before
 
 
@@ -250,7 +250,7 @@ def test_a_failing_pass_gives_memory_back_and_raises(
     encoder = load("tiny-mpnet")
     monkeypatch.setattr(st_encoder, "encode_texts", refuse)
     with pytest.raises(MemoryError):
-        encoder.encode(["text"])
+        encoder.encode(encoder.tokenize(["text"]))
 
 
 def test_the_device_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

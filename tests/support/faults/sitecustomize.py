@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -37,17 +38,22 @@ class Steered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> Any:
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
+        """The encoder's own, each with its text beside it."""
+        tokenized = self._encoder.tokenize(texts, prompt)
+        return [replace(each, content=(text, each)) for text, each in zip(texts, tokenized, strict=True)]
+
+    def encode(self, texts: Sequence[Any]) -> Any:
         self._encoded += 1
         with (self._directory / "encoding").open("a") as log:
             log.write(f"{os.getpid()} {len(texts)}\n")
         word = self._read("kill")
-        if word and any(word in text for text in texts):
+        if word and any(word in text.content[0] for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(float(self._read("pace") or 0))
         while self._held():
             time.sleep(0.01)
-        return self._encoder.encode(texts, prompt)
+        return self._encoder.encode([text.content[1] for text in texts])
 
     def _held(self) -> bool:
         pid, first = self._read("hold").split() or ("0", "0")
@@ -68,22 +74,24 @@ class Stub:
         self.device = "cpu"
         self.max_texts = 8
         self.token_budget = 2048
+        self.pads = True
 
-    def count(self, texts: Sequence[str]) -> list[int]:
-        return [len(text.split()) + 2 for text in texts]
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
+        from autoembed.encoder import Tokenized
 
-    def encode(self, texts: Sequence[str], prompt: str = "") -> Any:
+        whole = [prompt + text for text in texts]
+        tokens = [len(text.split()) + 2 for text in whole]
+        limit = self.model.max_tokens
+        return [Tokenized(count, min(count, limit), text) for count, text in zip(tokens, whole, strict=True)]
+
+    def encode(self, texts: Sequence[Any]) -> Any:
         import numpy as np
-
-        from autoembed.encoder import Encoded
 
         if "broken" in self.model.name:
             raise ValueError("no text can be encoded")
-        tokens = self.count([prompt + text for text in texts])
-        vectors = np.stack([self._vector(prompt + text) for text in texts])
-        if any("shortword" in text for text in texts):
-            vectors = vectors[:, :-1]
-        return Encoded(vectors, tokens, [count > self.model.max_tokens for count in tokens])
+        contents = [text.content for text in texts]
+        vectors = np.stack([self._vector(text) for text in contents])
+        return vectors[:, :-1] if any("shortword" in text for text in contents) else vectors
 
     def _vector(self, text: str) -> Any:
         import numpy as np
@@ -99,6 +107,9 @@ class Stub:
         seed = hashlib.sha256(f"{self.model.fingerprint} {text}".encode()).digest()
         vector = np.random.default_rng(list(seed)).standard_normal(self.model.dimensions)
         return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+    def rest(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
