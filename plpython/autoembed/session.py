@@ -14,7 +14,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from orjson import Fragment, dumps
 
-from . import API_VERSION, batching, models, settings
+from . import API_VERSION, batching, models, preload, settings
 from .encoder import Encoder
 from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
 from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
@@ -78,6 +78,7 @@ class Session:
 
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
+        self.gd = gd
         self.models: dict[str, Encoder] = gd.setdefault("autoembed models", {})
         # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
         self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
@@ -136,7 +137,8 @@ class Session:
         if loaded is None or loaded.model.fingerprint != model.fingerprint:
             if loaded is not None:
                 self.models.pop(model.name).close()
-            loaded = self.models[model.name] = models.load(model, current)
+            loaded = preload.take(self.gd, model, current) or models.load(model, current)
+            self.models[model.name] = loaded
         return loaded
 
     # --- filling -----------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ class Session:
         ]
 
     def list_settings(self) -> list[tuple[str, str | None, str]]:
-        return settings.report()
+        return preload.annotate(self.gd, settings.report())
 
     # --- errors ------------------------------------------------------------------------------------------------
 
