@@ -49,12 +49,14 @@ ifndef DESTDIR
 endif
 	@scripts/site.sh
 	@scripts/extension.sh
+	@scripts/preload.sh
 ifndef DESTDIR
 	@scripts/model.sh
 endif
 
 uninstall:  ## take it away again; models stay
 	@scripts/extension.sh remove
+	@scripts/preload.sh remove
 
 bench: up dev  ## the benchmarks, printed as a table (BENCH="pipeline --rows 512" chooses)
 	@scripts/run.sh bench/run $(BENCH)

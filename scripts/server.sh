@@ -7,6 +7,7 @@ use_postgres
 STATE=$(state_dir)
 SERVER=$STATE/server
 DATABASE=autoembed
+PACKAGED_MODEL=all-MiniLM-L6-v2
 cd "$STATE"
 
 pg_ctl() { as_server "$BINDIR/pg_ctl" -D "$SERVER/data" -s "$@"; }
@@ -51,12 +52,20 @@ maintenance_work_mem = '256MB'
 max_wal_size = '4GB'
 log_line_prefix = '%m [%p] %q%u@%d '
 CONF
-    [ ! -f "$PKGLIBDIR/pg_cron.so" ] || cat <<CONF
-shared_preload_libraries = 'pg_cron'
+    [ -f "$PKGLIBDIR/pg_cron.so" ] || { echo "shared_preload_libraries = 'autoembed_preload'"; return; }
+    cat <<CONF
+shared_preload_libraries = 'autoembed_preload, pg_cron'
 cron.database_name = '$DATABASE'
 cron.use_background_workers = on
 max_worker_processes = 20
 CONF
+}
+
+# Which models its postmaster loads: EMBEDDING_PRELOAD if set (empty: none), else the demo's if it is there yet.
+preloaded() {
+    local models=${EMBEDDING_MODEL_DIR:-/var/lib/pg_autoembed/models} model=${DEMO_MODEL:-$PACKAGED_MODEL}
+    [ -f "$models/$model/autoembed.json" ] || model=$PACKAGED_MODEL
+    echo "${EMBEDDING_PRELOAD-$model}"
 }
 
 start() {
@@ -64,7 +73,7 @@ start() {
     port=$(free_port)
     echo "$port" | as_server tee "$SERVER/port" >/dev/null
     configuration "$port" | as_server tee "$SERVER/data/private.conf" >/dev/null
-    pg_ctl -w -l "$SERVER/log" start || { tail -n 20 "$SERVER/log" >&2; die "the private server did not start"; }
+    EMBEDDING_PRELOAD=$(preloaded) pg_ctl -w -l "$SERVER/log" start || { tail -n 20 "$SERVER/log" >&2; die "the private server did not start"; }
 }
 
 create_extension() {
