@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from autoembed.encoder import Encoder, Tokenized
 
-# A cancel acts between micro-batches; the second that it may take leaves room for a slow one.
+# Where a cancel acts only between micro-batches: the second that it may take leaves room for a slow one.
 MICRO_BATCH_SECONDS = 0.4
 FIRST_MICRO_BATCH_TOKENS = 512
 # But no smaller than this. On a busy machine a pass costs what its threads wait for a core, however few its tokens:
@@ -57,7 +57,8 @@ def encode_all(
 ) -> list[Outcome]:
     """A vector or a failure for each text, in order.
 
-    `checkpoint` runs before every micro-batch and outside every try block: what it raises passes untouched.
+    `checkpoint` runs before every micro-batch and, where the encoder can be interrupted, within it. What it raises
+    passes untouched: a cancel is no text's fault.
     """
     batch = _Batch(encoder, texts, prompt, checkpoint, token_budget or encoder.token_budget)
     batch.run()
@@ -67,12 +68,15 @@ def encode_all(
 class _Pace:
     """How many tokens the next micro-batch may have, from how long the last ones took; padding counts."""
 
-    def __init__(self, budget: int, weights: int) -> None:
+    def __init__(self, budget: int, weights: int, *, adapts: bool) -> None:
         self.budget = budget
-        self.allowed = min(budget, FIRST_MICRO_BATCH_TOKENS)
+        self.adapts = adapts
+        self.allowed = min(budget, FIRST_MICRO_BATCH_TOKENS) if adapts else budget
         self.least = max(64, min(FIRST_MICRO_BATCH_TOKENS, LEAST_MICRO_BATCH_WORK // max(weights, 1)))
 
     def took(self, tokens: int, seconds: float) -> None:
+        if not self.adapts:
+            return
         affordable = int(tokens * MICRO_BATCH_SECONDS / max(seconds, 1e-6))
         self.allowed = max(1, min(self.budget, max(self.least, affordable)))
 
@@ -88,8 +92,9 @@ class _Batch:
         self.encoder = encoder
         self.texts = texts
         self.prompt = prompt
-        self.checkpoint = checkpoint
-        self.pace = _Pace(budget, encoder.model.bytes)
+        self.asked = checkpoint
+        self.interrupt: BaseException | None = None
+        self.pace = _Pace(budget, encoder.model.bytes, adapts=not encoder.interruptible)
         self.tokenized: dict[int, Tokenized] = {}
         self.outcomes: dict[int, Outcome] = {}
 
@@ -102,6 +107,14 @@ class _Batch:
             size = self._fitting(waiting)
             self._encode(waiting[:size])
             del waiting[:size]
+
+    def checkpoint(self) -> None:
+        """Remembers what was raised, so that no handler below mistakes it for an encoder's error."""
+        try:
+            self.asked()
+        except BaseException as interrupt:
+            self.interrupt = interrupt
+            raise
 
     def _readable(self) -> Iterator[list[int]]:
         """Portions for the tokenizer: by characters, and a text that it chokes on is found by halving."""
@@ -139,7 +152,7 @@ class _Batch:
 
     def _encode_part(self, indexes: Sequence[int]) -> dict[int, Outcome]:
         start = time.monotonic()
-        found = self.encoder.encode([self.tokenized[index] for index in indexes])
+        found = self.encoder.encode([self.tokenized[index] for index in indexes], self.checkpoint)
         self.pace.took(self._cost(indexes), time.monotonic() - start)
         return {index: self._checked(index, found[row]) for row, index in enumerate(indexes)}
 
@@ -159,14 +172,15 @@ class _Batch:
             self.checkpoint()
             try:
                 done = work(part)
-            except BaseException as error:  # no query runs in here, so this can be no cancel
-                if not _is_fault(error):
+            except BaseException as error:
+                if error is self.interrupt or not _is_fault(error):
                     raise
                 failed = error
             else:
                 yield done
                 continue
             if _is_out_of_memory(failed):
+                self.encoder.rest()
                 self.pace.ran_out_of_memory(self._cost(part))
             if len(part) == 1:
                 self.outcomes[part[0]] = self._failure(failed)
@@ -178,9 +192,9 @@ class _Batch:
         """The text's failure, once a plain word shows that the encoder itself still works."""
         self.checkpoint()
         try:
-            self.encoder.encode(self.encoder.tokenize([PLAIN_WORD]))
+            self.encoder.encode(self.encoder.tokenize([PLAIN_WORD]), self.checkpoint)
         except BaseException as broken:
-            if not _is_fault(broken):
+            if broken is self.interrupt or not _is_fault(broken):
                 raise
             kind = OutOfMemory if _is_out_of_memory(broken) else EncoderBroken
             raise kind(name=self.encoder.model.name, reason=type(broken).__name__) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,7 +32,8 @@ class Tokenized:
 class Encoder(Protocol):
     """A loaded model. `max_texts` and `token_budget` are the largest micro-batch that it encodes well.
 
-    Where it `pads`, a micro-batch costs as many tokens as if all its texts were as long as the longest.
+    Where it `pads`, a micro-batch costs as many tokens as if all its texts were as long as the longest. An encoder
+    that is `interruptible` calls `checkpoint` every few tenths of a second; what that raises it lets pass.
     """
 
     model: Model
@@ -40,12 +41,16 @@ class Encoder(Protocol):
     max_texts: int
     token_budget: int
     pads: bool
+    interruptible: bool
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
         """What it raises is the texts' fault or a lack of memory."""
 
-    def encode(self, texts: Sequence[Tokenized]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
         """One micro-batch in one forward pass: (texts, dimensions). What it raises is as above."""
+
+    def use_threads(self, fixed: int | None) -> None:
+        """From now on; None leaves their number to the encoder. A model preloaded before a fork was loaded with one."""
 
     def rest(self) -> None:
         """A run has ended: give back the memory that only encoding needs."""

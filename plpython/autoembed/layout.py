@@ -18,11 +18,14 @@ WEIGHTLESS = ("Pooling", "Normalize", "Dropout")
 
 MODULES = "modules.json"
 ROOT_FILES = (MODULES, "config_sentence_transformers.json", *DOCUMENTS)
+TOKENIZER = "tokenizer.json"
+# As transformers opens it, where its other files add to tokenizer.json; written by `model add`.
+EFFECTIVE_TOKENIZER = "autoembed-tokenizer.json"
 VOCABULARIES = ("vocab.txt", "vocab.json", "*.model")
 TRANSFORMER_FILES = (
     "config.json",
     "sentence_*_config.json",
-    "tokenizer.json",
+    TOKENIZER,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -123,6 +126,11 @@ def choose_weights(names: Iterable[str]) -> list[str]:
         return [*safe, INDEX]
     pickled = [name for name in names if PICKLED.fullmatch(name)]
     return ["pytorch_model.bin"] if "pytorch_model.bin" in pickled else pickled
+
+
+def tokenizer_file(layout: Layout) -> Path:
+    effective = layout.folder / EFFECTIVE_TOKENIZER
+    return effective if effective.is_file() else layout.transformer / TOKENIZER
 
 
 def is_pickled(file: str) -> bool:

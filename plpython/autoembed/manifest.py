@@ -70,6 +70,9 @@ class Manifest:
     tools: dict[str, str]
     added: str
     files: dict[str, File] = field(default_factory=dict)
+    encoder: str = "sentence-transformers"
+    """Which encoder serves it; both give the same vectors, so this is no part of the fingerprint."""
+    encoder_note: str = ""
 
     @property
     def weights(self) -> int:
@@ -103,7 +106,7 @@ def read(folder: Path) -> Manifest:
 
 
 def _from_json(content: dict[str, Any]) -> Manifest:
-    missing = {each.name for each in fields(Manifest)} - content.keys()
+    missing = {each.name for each in fields(Manifest) if each.name not in ("encoder", "encoder_note")} - content.keys()
     if missing:
         raise KeyError(missing)
     files = {name: File(each["sha256"], Stamp(**each["stamp"])) for name, each in content.pop("files").items()}

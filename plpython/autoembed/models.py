@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoembed import manifest as manifests
+from autoembed import offline
+from autoembed.device import resolve
 from autoembed.errors import (
     AutoembedError,
     BrokenModel,
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MEGABYTE = 1 << 20
+PACKED = "packed"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Model:
     prompts: Mapping[str, str]
     default_prompt: str | None
     bytes: int
+    encoder: str = "sentence-transformers"
 
 
 @dataclass(frozen=True)
@@ -144,9 +148,15 @@ def load(model: Model, settings: Settings) -> Encoder:
         )
         raise OutOfMemory(name=model.name, reason=needs)
     check_files(model)
+    offline.set_environment()  # before torch is imported: its OpenMP reads the environment only then
+    device = resolve(settings.device)
+    if model.encoder == PACKED and device == "cpu":
+        from autoembed.packed import PackedEncoder
+
+        return PackedEncoder.load(model, settings)
     from autoembed.st_encoder import StEncoder
 
-    return StEncoder.load(model, settings)
+    return StEncoder.load(model, settings, device)
 
 
 def _folders(directory: Path) -> Iterator[Path]:
@@ -198,6 +208,7 @@ def _model(folder: Path, manifest: Manifest, settings: Settings) -> Model:
         prompts=manifest.prompts,
         default_prompt=manifest.default_prompt,
         bytes=manifest.weights,
+        encoder=manifest.encoder,
     )
 
 
@@ -220,8 +231,15 @@ def _entry(folder: Path, settings: Settings) -> Entry:
         precision=model.precision,
         fingerprint=model.fingerprint,
         bytes=model.bytes,
-        note="; ".join(["served by sentence-transformers", *manifest.converted, *manifest.assumed]),
+        note="; ".join([_served(manifest), *manifest.converted, *manifest.assumed]),
     )
+
+
+def _served(manifest: Manifest) -> str:
+    if manifest.encoder == PACKED:
+        return "served by the packed encoder"
+    why = f", since {manifest.encoder_note}" if manifest.encoder_note else ""
+    return f"served by sentence-transformers, about half as fast{why}"
 
 
 def _check_presence(folder: Path, manifest: Manifest, name: str) -> None:

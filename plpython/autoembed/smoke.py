@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autoembed import layout as layouts
+from autoembed import models
 from autoembed.errors import BrokenModel
 from autoembed.layout import Layout
 from autoembed.vectors import NORM_TOLERANCE
@@ -20,6 +23,7 @@ TEXTS = (
 )
 LONG_TEXT = "word "
 ALONE_TOLERANCE = 1e-4
+PACKED_TOLERANCE = 1e-5
 UNUSED_WEIGHTS = ("pooler.", "lm_head.", "position_ids")
 
 
@@ -28,6 +32,8 @@ class Facts:
     dimensions: int
     max_tokens: int
     position_limit: int
+    encoder: str
+    encoder_note: str
 
 
 def try_out(layout: Layout, folder: Path) -> Facts:
@@ -37,16 +43,18 @@ def try_out(layout: Layout, folder: Path) -> Facts:
     try:
         _check_weights(layout, folder)
         transformer = st_encoder.open_folder(folder, "cpu")
-        facts = _facts(layout, transformer)
-        transformer.max_seq_length = facts.max_tokens
-        vectors = _encode(transformer, facts)
+        dimensions, max_tokens, positions = _sizes(layout, transformer)
+        transformer.max_seq_length = max_tokens
+        vectors = _encode(transformer, max_tokens)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, ImportError, AttributeError) as error:
         reason = f"trying it out raised {type(error).__name__}: {error}"
         raise BrokenModel(name=layout.name, reason=reason, hint=hint) from error
-    problem = _problem(layout, transformer, facts, vectors)
+    problem = _problem(layout, transformer, dimensions, vectors)
     if problem:
         raise BrokenModel(name=layout.name, reason=problem, hint=hint)
-    return facts
+    _keep_tokenizer(layout, transformer)
+    note = _packed_differs(layout, max_tokens, vectors)
+    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else models.PACKED, note)
 
 
 def _check_weights(layout: Layout, folder: Path) -> None:
@@ -65,31 +73,31 @@ def _check_weights(layout: Layout, folder: Path) -> None:
         raise ValueError(f"its weights do not fit its architecture ({len(missing)} are missing, first {missing[:1]})")
 
 
-def _facts(layout: Layout, transformer: Any) -> Facts:
-    """The model's own limit, which can be more than it has positions for, or no limit at all."""
+def _sizes(layout: Layout, transformer: Any) -> tuple[int, int, int]:
+    """Dimensions, tokens and positions. The model's own limit can be more than it has positions for, or none at all."""
     own, positions = transformer.max_seq_length, layout.position_limit
     known = [int(limit) for limit in (own, positions) if limit is not None and limit < 10**9]
     if not known:
         raise ValueError("nothing says how many tokens it takes; set max_seq_length in sentence_bert_config.json")
-    return Facts(int(transformer.get_embedding_dimension()), min(known), positions or min(known))
+    return int(transformer.get_embedding_dimension()), min(known), positions or min(known)
 
 
-def _encode(transformer: Any, facts: Facts) -> Any:
+def _encode(transformer: Any, max_tokens: int) -> Any:
     from autoembed.st_encoder import count_tokens, encode_texts
 
-    encode_texts(transformer, [LONG_TEXT * min(facts.max_tokens + 8, 600)])
+    encode_texts(transformer, [LONG_TEXT * min(max_tokens + 8, 600)])
     if count_tokens(transformer, ["a"])[0] < 1:
         raise ValueError("its tokenizer finds no token in a text")
     return encode_texts(transformer, TEXTS)
 
 
-def _problem(layout: Layout, transformer: Any, facts: Facts, vectors: Any) -> str | None:
+def _problem(layout: Layout, transformer: Any, dimensions: int, vectors: Any) -> str | None:
     import numpy as np
 
     from autoembed.st_encoder import encode_texts
 
-    if vectors.shape != (len(TEXTS), facts.dimensions):
-        return f"its vectors have {vectors.shape[-1]} dimensions, and it says {facts.dimensions}"
+    if vectors.shape != (len(TEXTS), dimensions):
+        return f"its vectors have {vectors.shape[-1]} dimensions, and it says {dimensions}"
     if not np.isfinite(vectors).all():
         return "its vectors have numbers that are not finite"
     norms = np.linalg.norm(vectors, axis=1)
@@ -101,3 +109,31 @@ def _problem(layout: Layout, transformer: Any, facts: Facts, vectors: Any) -> st
     if np.abs(alone - vectors[0]).max() > ALONE_TOLERANCE * norms[0]:
         return "a text's vector depends on the texts beside it"
     return None
+
+
+def _keep_tokenizer(layout: Layout, transformer: Any) -> None:
+    """Where transformers adds tokens or steps from its other files to tokenizer.json, what comes of it."""
+    effective = json.loads(transformer.tokenizer.backend_tokenizer.to_str())
+    published = layouts.read_json(layout.transformer / layouts.TOKENIZER, layout.name)
+    for each in (effective, published):
+        each.update(truncation=None, padding=None)
+    if effective != published:
+        (layout.folder / layouts.EFFECTIVE_TOKENIZER).write_text(json.dumps(effective), encoding="utf-8")
+
+
+def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
+    """Why the packed encoder does not serve this model; empty where its vectors are sentence-transformers' own."""
+    import numpy as np
+
+    from autoembed.network import UnsupportedNetwork
+    from autoembed.packed import Loaded
+
+    try:
+        loaded = Loaded(layout, max_tokens)
+        found = loaded.encode(loaded.tokenizer.tokenize(TEXTS), lambda: None)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, UnsupportedNetwork) as error:
+        return (
+            str(error) if isinstance(error, UnsupportedNetwork) else f"the packed encoder raised {type(error).__name__}"
+        )
+    largest = np.abs(found - vectors).max() / np.linalg.norm(vectors, axis=1).max()
+    return "" if largest <= PACKED_TOLERANCE else f"the packed encoder's vectors differ by {largest:.1g}"

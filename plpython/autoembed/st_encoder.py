@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autoembed import offline
-from autoembed.device import resolve
 from autoembed.encoder import Tokenized
-from autoembed.errors import BrokenModel, InvalidSetting, MissingPackage, OutOfMemory
+from autoembed.errors import BrokenModel, MissingPackage, OutOfMemory
 
 if TYPE_CHECKING:
     from autoembed.models import Model
@@ -62,17 +61,16 @@ def count_tokens(transformer: Any, texts: Sequence[str]) -> list[int]:
 class StEncoder:
     def __init__(self, model: Model, transformer: Any, device: str) -> None:
         self.model = model
-        self.device = device
-        self.max_texts, self.token_budget = CPU_BATCH if device == "cpu" else GPU_BATCH
+        self._settle(device)
         self.pads = True
+        self.interruptible = False
         self._transformer = transformer
 
     @classmethod
-    def load(cls, model: Model, settings: Settings) -> StEncoder:
-        if settings.precision != PRECISION:
-            raise InvalidSetting(variable="EMBEDDING_PRECISION", problem=f"must be {PRECISION} for this encoder")
-        offline.set_environment()  # before resolve imports torch: its OpenMP reads the environment only then
-        device = resolve(settings.device)
+    def load(cls, model: Model, settings: Settings, device: str) -> StEncoder:
+        if model.precision != PRECISION:
+            reason = f"sentence-transformers serves it on {device}, and that in {PRECISION}, not {model.precision}"
+            raise BrokenModel(name=model.name, reason=reason, hint="Add it again without --precision.")
         set_threads(settings.threads)
         transformer = _open(model, device)
         transformer.max_seq_length = model.max_tokens
@@ -86,7 +84,7 @@ class StEncoder:
             for tokens, text in zip(count_tokens(self._transformer, whole), texts, strict=True)
         ]
 
-    def encode(self, texts: Sequence[Tokenized]) -> NDArray[np.float32]:
+    def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:  # noqa: ARG002
         (prompt,) = {text.content[0] for text in texts}
         try:
             vectors = encode_texts(self._transformer, [text.content[1] for text in texts], prompt)
@@ -94,6 +92,18 @@ class StEncoder:
             self._release()
             raise
         return np.asarray(vectors, dtype=np.float32)
+
+    def move(self, device: str) -> None:
+        """To another device: what the postmaster has preloaded goes there after the fork."""
+        self._transformer.to(device)
+        self._settle(device)
+
+    def _settle(self, device: str) -> None:
+        self.device = device
+        self.max_texts, self.token_budget = CPU_BATCH if device == "cpu" else GPU_BATCH
+
+    def use_threads(self, fixed: int | None) -> None:
+        set_threads(fixed)
 
     def rest(self) -> None:
         self._release()

@@ -49,6 +49,7 @@ class FakeEncoder:
         self.max_texts = 8
         self.token_budget = 200
         self.pads = True
+        self.interruptible = False
         self.batches: list[list[str]] = []
         self.fault, self.bend, self.count_fault = fault, bend, count_fault
 
@@ -61,7 +62,7 @@ class FakeEncoder:
             for text, short in zip(whole, texts, strict=True)
         ]
 
-    def encode(self, texts: Sequence[Tokenized]) -> np.ndarray:
+    def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> np.ndarray:  # noqa: ARG002
         contents = [text.content[1] for text in texts]
         self.batches.append(contents)
         self.fault(contents)
@@ -70,6 +71,9 @@ class FakeEncoder:
             prompt, content = text.content
             vectors[row] = self.bend(content, vector_of(prompt + content))
         return vectors
+
+    def use_threads(self, fixed: int | None) -> None:
+        pass
 
     def rest(self) -> None:
         pass

@@ -20,7 +20,7 @@ import models_for_tests as made
 from autoembed import device, install, models, st_encoder
 from autoembed.batching import Failure, Vector, encode_all
 from autoembed.encoder import Encoder
-from autoembed.errors import BrokenModel, DeviceUnavailable, InvalidSetting, MissingPackage, OutOfMemory
+from autoembed.errors import BrokenModel, DeviceUnavailable, MissingPackage, OutOfMemory
 from autoembed.settings import Settings
 
 NAMES = ("all-MiniLM-L6-v2", "minilm-768", "tiny-codebert", "tiny-bge-m3", "tiny-mpnet")
@@ -169,7 +169,7 @@ directory = {str(shelf.model_dir)!r}
 environ = {{"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_THREADS": "1", "EMBEDDING_DEVICE": "cpu"}}
 current = settings.read(environ)
 encoder = models.load(models.find(current, "tiny-mpnet"), current)
-encoder.encode(encoder.tokenize(["one", "two"]))
+encoder.encode(encoder.tokenize(["one", "two"]), lambda: None)
 import torch
 assert torch.get_num_threads() == 1
 assert threading.active_count() == 1, threading.enumerate()
@@ -191,7 +191,7 @@ def test_closing_frees_the_model(load: Callable[..., Encoder]) -> None:
     encoder = load("tiny-mpnet")
     encoder.close()
     with pytest.raises(AttributeError):
-        encoder.encode(encoder.tokenize(["text"]))
+        encoder.encode(encoder.tokenize(["text"]), lambda: None)
     assert threading.active_count() == before
 
 
@@ -212,15 +212,29 @@ def test_only_the_texts_with_the_word_fail(
     assert failed == {3: kind, 11: kind}
 
 
-def test_another_precision_is_refused(shelf: Settings) -> None:
-    with pytest.raises(InvalidSetting, match="EMBEDDING_PRECISION must be float32"):
-        models.load(models.find(shelf, "tiny-mpnet"), replace(shelf, precision="int8"))
+def by_reference(settings: Settings, name: str = "tiny-mpnet", **changes: Any) -> Encoder:
+    """The encoder that serves what the packed one does not."""
+    return models.load(replace(models.find(settings, name), encoder="sentence-transformers", **changes), settings)
+
+
+def test_another_precision_than_float32_is_refused(shelf: Settings) -> None:
+    with pytest.raises(BrokenModel, match="in float32, not int8"):
+        by_reference(shelf, precision="int8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_encoders_agree(load: Callable[..., Encoder], shelf: Settings, name: str) -> None:
+    mine, theirs = (outcomes(encoder, prompt="query: ") for encoder in (load(name), by_reference(shelf, name)))
+    assert [(each.tokens, each.truncated) for each in mine] == [(each.tokens, each.truncated) for each in theirs]
+    np.testing.assert_allclose(
+        np.stack([each.values for each in mine]), np.stack([each.values for each in theirs]), atol=2e-6
+    )
 
 
 def test_what_cannot_be_loaded_is_a_broken_model(shelf: Settings, tmp_path: Path) -> None:
     model = replace(models.find(shelf, "tiny-mpnet"), path=tmp_path)
     with pytest.raises(BrokenModel, match="tiny-mpnet"):
-        st_encoder.StEncoder.load(model, shelf)
+        st_encoder.StEncoder.load(model, shelf, "cpu")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -232,25 +246,23 @@ def test_weights_that_do_not_fit_are_a_lack_of_memory(
 
     monkeypatch.setattr(st_encoder, "open_folder", refuse)
     with pytest.raises(OutOfMemory, match="do not fit"):
-        models.load(models.find(shelf, "tiny-mpnet"), shelf)
+        by_reference(shelf)
 
 
 def test_a_missing_package_is_named(shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(MissingPackage, match="sentence_transformers is not installed"):
-        models.load(models.find(shelf, "tiny-mpnet"), shelf)
+        by_reference(shelf)
 
 
-def test_a_failing_pass_gives_memory_back_and_raises(
-    load: Callable[..., Encoder], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_pass_gives_memory_back_and_raises(shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> None:
         raise MemoryError
 
-    encoder = load("tiny-mpnet")
+    encoder = by_reference(shelf)
     monkeypatch.setattr(st_encoder, "encode_texts", refuse)
     with pytest.raises(MemoryError):
-        encoder.encode(encoder.tokenize(["text"]))
+        encoder.encode(encoder.tokenize(["text"]), lambda: None)
 
 
 def test_the_device_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

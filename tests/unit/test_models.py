@@ -224,7 +224,7 @@ def test_the_catalog_shows_every_folder(own_shelf: Settings) -> None:
         "no name": "broken: not a model's name",
     }
     assert found[MPNET].fingerprint == models.find(own_shelf, MPNET).fingerprint
-    assert found[MPNET].note == "served by sentence-transformers; vocab.txt to tokenizer.json"
+    assert found[MPNET].note == "served by the packed encoder; vocab.txt to tokenizer.json"
 
 
 def test_without_a_directory_the_catalog_is_empty(tmp_path: Path) -> None:

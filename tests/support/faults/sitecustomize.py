@@ -43,7 +43,7 @@ class Steered:
         tokenized = self._encoder.tokenize(texts, prompt)
         return [replace(each, content=(text, each)) for text, each in zip(texts, tokenized, strict=True)]
 
-    def encode(self, texts: Sequence[Any]) -> Any:
+    def encode(self, texts: Sequence[Any], checkpoint: Callable[[], None]) -> Any:
         self._encoded += 1
         with (self._directory / "encoding").open("a") as log:
             log.write(f"{os.getpid()} {len(texts)}\n")
@@ -53,7 +53,7 @@ class Steered:
         time.sleep(float(self._read("pace") or 0))
         while self._held():
             time.sleep(0.01)
-        return self._encoder.encode([text.content[1] for text in texts])
+        return self._encoder.encode([text.content[1] for text in texts], checkpoint)
 
     def _held(self) -> bool:
         pid, first = self._read("hold").split() or ("0", "0")
@@ -75,6 +75,7 @@ class Stub:
         self.max_texts = 8
         self.token_budget = 2048
         self.pads = True
+        self.interruptible = False
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
         from autoembed.encoder import Tokenized
@@ -84,7 +85,7 @@ class Stub:
         limit = self.model.max_tokens
         return [Tokenized(count, min(count, limit), text) for count, text in zip(tokens, whole, strict=True)]
 
-    def encode(self, texts: Sequence[Any]) -> Any:
+    def encode(self, texts: Sequence[Any], checkpoint: Callable[[], None]) -> Any:  # noqa: ARG002
         import numpy as np
 
         if "broken" in self.model.name:
@@ -107,6 +108,9 @@ class Stub:
         seed = hashlib.sha256(f"{self.model.fingerprint} {text}".encode()).digest()
         vector = np.random.default_rng(list(seed)).standard_normal(self.model.dimensions)
         return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+    def use_threads(self, fixed: int | None) -> None:
+        pass
 
     def rest(self) -> None:
         pass

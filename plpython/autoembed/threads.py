@@ -1,0 +1,87 @@
+"""How many threads encode: as many as there are cores that nobody else uses.
+
+Threads beyond the free cores wait for one another at every barrier: two processes with two threads each on two cores
+do half the work of two with one each. Nobody tells a backend what others do, but the kernel counts the time that all
+processes used since this one last looked. What others took leaves the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+STAT = Path("/proc/stat")
+# A query's few tokens are done before a second thread has woken up, and its neighbours want the core.
+TOKENS_FOR_ONE = 48
+# The kernel counts in hundredths of a second: a shorter look says nothing.
+SHORTEST_LOOK = 0.1
+
+
+class Policy:
+    """`fixed` is EMBEDDING_THREADS; None leaves it to what is free."""
+
+    def __init__(self, fixed: int | None, used: Callable[[], float] | None = None) -> None:
+        self.fixed = fixed
+        self.cores = cores()
+        self.used = used or meter()
+        self.free = self.cores
+        self.looked = self._look()
+
+    def threads(self, tokens: int) -> int:
+        """For a micro-batch of so many tokens."""
+        if self.fixed is not None:
+            return self.fixed
+        if tokens <= TOKENS_FOR_ONE:
+            return 1
+        clock, everyone, own = self._look()
+        elapsed = clock - self.looked[0]
+        if elapsed >= SHORTEST_LOOK:
+            others = (everyone - self.looked[1] - (own - self.looked[2])) / elapsed
+            self.free = max(1, min(self.cores, round(self.cores - others)))
+            self.looked = (clock, everyone, own)
+        return self.free
+
+    def _look(self) -> tuple[float, float, float]:
+        return time.monotonic(), self.used(), time.process_time()
+
+
+def cores() -> int:
+    """Those that this process may use: fewer than the machine has under an affinity mask or a container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _quota()
+    return max(1, min(allowed, round(quota))) if quota else allowed
+
+
+def meter() -> Callable[[], float]:
+    """Seconds of all processes that share our cores: the container's where it has a quota, else those of our cores."""
+    if _quota():
+        return _container_seconds
+    if STAT.exists():
+        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        tick = os.sysconf("SC_CLK_TCK")
+        return lambda: _core_seconds(names, tick)
+    return lambda: 0.0
+
+
+def _core_seconds(names: set[str], tick: int) -> float:
+    """All columns of /proc/stat but idle, iowait, and what guests took, which is counted as user time already."""
+    lines = (line.split() for line in STAT.read_text().splitlines())
+    busy = sum(sum(map(int, [*line[1:4], *line[6:8]])) for line in lines if line and line[0] in names)
+    return busy / tick
+
+
+def _container_seconds() -> float:
+    fields = dict(line.split() for line in (CGROUP / "cpu.stat").read_text().splitlines())
+    return int(fields["usage_usec"]) / 1e6
+
+
+def _quota() -> float | None:
+    """Cores by the container's cpu.max (Linux, cgroup v2), or None."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return None
+    return None if quota == "max" else int(quota) / int(period)
