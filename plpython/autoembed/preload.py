@@ -6,22 +6,21 @@ operation, no CUDA, or every backend would hang or fail at its first one. `take`
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from autoembed import API_VERSION, models, offline, settings
-from autoembed.errors import ApiMismatch, AutoembedError
+from autoembed import API_VERSION, batching, memory, models, offline, settings, vectors
+from autoembed.device import resolve
+from autoembed.errors import ApiMismatch, AutoembedError, BrokenModel
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from autoembed.encoder import Encoder, Tokenized
+    from autoembed.encoder import Encoder
     from autoembed.models import Model
     from autoembed.settings import Settings
 
@@ -29,7 +28,9 @@ KEY = "autoembed preload"
 VARIABLE = "EMBEDDING_PRELOAD"
 # Libraries read these when they are imported. A thread of the postmaster's is a lock that its children find held.
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1"}
-TASKS = Path("/proc/self/task")
+PROCESS = Path("/proc/self")
+HUGE_PAGE = 2 << 20
+MADV_COLLAPSE = 25
 
 Warn = Callable[[str], object]
 
@@ -49,24 +50,13 @@ class Inherited:
     """A preloaded encoder in a backend. Closing it gives back what this backend added: the weights are shared."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.model = encoder.model
-        self.device = encoder.device
-        self.max_texts = encoder.max_texts
-        self.token_budget = encoder.token_budget
-        self.pads = encoder.pads
-        self.encoder = encoder
+        self._encoder = encoder
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        return self.encoder.tokenize(texts, prompt)
-
-    def encode(self, texts: Sequence[Tokenized]) -> NDArray[np.float32]:
-        return self.encoder.encode(texts)
-
-    def rest(self) -> None:
-        self.encoder.rest()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._encoder, name)
 
     def close(self) -> None:
-        self.encoder.rest()
+        self._encoder.rest()
 
 
 # --- in the postmaster ---------------------------------------------------------------------------------------------
@@ -85,8 +75,9 @@ def start(gd: dict[str, Any], warn: Warn, api_version: int) -> None:
         warn(f"no embedding model was preloaded: {error}")
         return
     load_all(loaded, wanted, warn)
-    gc.collect()
+    memory.trim()
     gc.freeze()  # a collection in a backend would write to every object, and so copy it
+    collapse()
     loaded.seconds = time.monotonic() - started
     if (tasks := count_tasks()) > 1:
         warn(f"the postmaster has {tasks} threads after preloading; backends may hang at their first embedding")
@@ -97,7 +88,8 @@ def load_all(loaded: Preloaded, wanted: Settings, warn: Warn) -> None:
         try:
             prepare(loaded)
             model = models.find(wanted, name)
-            loaded.encoders[name] = load(model, dataclasses.replace(wanted, device="cpu", threads=1))
+            device = backends_device(wanted.device)
+            loaded.encoders[name] = load(model, dataclasses.replace(wanted, device="cpu", threads=1), device)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the server must start
             kind = "" if isinstance(error, AutoembedError) else f"{type(error).__name__}: "
             loaded.problems[name] = f"{kind}{error}"
@@ -117,16 +109,66 @@ def prepare(loaded: Preloaded) -> None:
         torch.set_num_threads(1)
 
 
-def load(model: Model, wanted: Settings) -> Encoder:
-    """A first text leaves behind what the libraries import and compile with it."""
-    encoder = models.load(model, wanted)
-    encoder.encode(encoder.tokenize(["warm"]))
+def load(model: Model, wanted: Settings, device: str) -> Encoder:
+    """On the CPU, the encoder that runs on the device. A first text leaves behind what libraries import with it."""
+    if device == "cpu":
+        encoder = models.load(model, wanted)
+    else:
+        from autoembed.st_encoder import StEncoder
+
+        models.check_files(model)
+        encoder = StEncoder.load(model, wanted, "cpu")
+    (outcome,) = batching.encode_all(encoder, ["warm"], prompt="", checkpoint=lambda: None)
+    if isinstance(outcome, batching.Failure):
+        raise BrokenModel(name=model.name, reason=outcome.message)
+    vectors.to_text(outcome.values)
     encoder.rest()
     return encoder
 
 
+def backends_device(wanted: str) -> str:
+    """Which device the backends will use. CUDA does not survive a fork: a child asks for it."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return resolve(wanted)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, resolve(wanted).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as answer:
+        found = answer.read()
+    os.waitpid(child, 0)
+    return found or resolve("cpu")
+
+
+def collapse() -> None:
+    """Into huge pages, where the kernel can (Linux 6.1). A fork copies an entry for each page, a connection forks."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is None:
+        return
+    for start, end in heaps():
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+
+
+def heaps() -> Iterator[tuple[int, int]]:
+    """This process's own memory, as whole huge pages."""
+    maps = PROCESS / "maps"
+    for fields in map(str.split, maps.read_text().splitlines() if maps.exists() else ()):
+        if fields[1] == "rw-p" and (len(fields) == 5 or fields[5] == "[heap]"):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            first, last = -(-start // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+            if first < last:
+                yield first, last
+
+
 def count_tasks() -> int:
-    return len(list(TASKS.iterdir())) if TASKS.is_dir() else 1
+    tasks = PROCESS / "task"
+    return len(list(tasks.iterdir())) if tasks.is_dir() else 1
 
 
 # --- in a backend --------------------------------------------------------------------------------------------------
@@ -146,12 +188,11 @@ def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | No
     """Threads and devices begin after the fork."""
     import torch
 
-    from autoembed.device import resolve
-
     torch.set_num_threads(current.threads or loaded.threads)
+    encoder.use_threads(current.threads)
     device = resolve(current.device)
     if device == encoder.device:
-        return Inherited(encoder)
+        return cast("Encoder", Inherited(encoder))
     move = getattr(encoder, "move", None)
     if move is None:
         return None

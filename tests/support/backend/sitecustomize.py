@@ -31,5 +31,9 @@ def save(status: int, argument: object) -> None:
 
 
 if measuring is not None:
+    libc = ctypes.CDLL(None)
     at_exit = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(save)
-    ctypes.CDLL(None).on_exit(at_exit, None)
+    at_fork = ctypes.CFUNCTYPE(None)(lambda: libc.on_exit(at_exit, None))
+    libc.on_exit(at_exit, None)
+    # Where the postmaster has started Python, what it registers after this ends its children first: they register anew.
+    getattr(libc, "__register_atfork")(None, None, at_fork, None)
