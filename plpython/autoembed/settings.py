@@ -26,6 +26,7 @@ class Settings:
     threads: int | None
     precision: str
     max_memory_mb: int | None
+    max_models: int
     preload: tuple[str, ...]
     immediate_rows: int
 
@@ -95,6 +96,7 @@ VARIABLES = (
     Variable("threads", None, _whole(1, 1024)),
     Variable("precision", "float32", _one_of(*PRECISIONS)),
     Variable("max_memory_mb", None, _whole(1, 100_000_000)),
+    Variable("max_models", "3", _whole(1, 16)),
     Variable("preload", "", _names),
     Variable("immediate_rows", "128", _whole(0, 1_000_000)),
 )

@@ -1,13 +1,11 @@
 """What every vector must be before it is written, and pgvector's text form.
 
-numpy is imported by the first vector: a call that finds nothing pending must not pay for it.
+numpy and orjson are imported by the first vector: a call that finds nothing pending must not pay for it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-import orjson
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +19,7 @@ NORM_TOLERANCE = 1e-3
 def to_text(vector: NDArray[np.float32]) -> str:
     """pgvector's text form; each number is the shortest that reads back as the same float32."""
     import numpy as np
+    import orjson
 
     contiguous = np.ascontiguousarray(vector, dtype=np.float32)
     return orjson.dumps(contiguous, option=orjson.OPT_SERIALIZE_NUMPY).decode("ascii")

@@ -1,0 +1,141 @@
+"""A fill that stays on: fills what is pending, sleeps, looks again.
+
+Asleep it holds no snapshot, no transaction id and no lock but its place. Python does not see a cancel by itself, so it
+sleeps in slices.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from autoembed.errors import AutoembedError
+from autoembed.fill import TRY_AGAIN, Column, Limits, Totals
+
+SLICE = 0.1
+SHORTEST, LONGEST = 0.02, 0.4
+"""Between two looks. The interval doubles while nothing is pending; half of the longest is a new row's usual delay."""
+TURN = 5
+"""Seconds that one column is filled before the next one has its turn."""
+PROBING_SHARE = 10
+"""A worker of many columns sleeps at least so many times as long as its look at all of them took."""
+BARREN_SHARE = 10
+"""A column of which a fill embedded nothing (rows in back-off, others' rows) rests so many times as long as it took."""
+ROUND = 60.0
+"""Seconds after which each column is filled without a look: that tidies, and finds what a dead worker left behind."""
+TROUBLE = 30.0
+"""Seconds that a column rests whose model cannot be used."""
+
+
+class Database(Protocol):
+    error: type[Exception]
+
+    def columns(self, oid: int | None) -> list[Column]: ...
+    def declarations(self) -> str: ...
+    def has_pending(self, column: Column) -> bool: ...
+    def sqlstate(self, error: Exception) -> str: ...
+    def check_interrupts(self) -> None: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+
+
+def sleep(database: Database, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, SLICE))
+        database.check_interrupts()
+        database.commit()
+
+
+@dataclass
+class Place:
+    """When a column is looked at next, and when it is filled without a look."""
+
+    look: float = 0.0
+    fill: float = 0.0
+    trouble: str = ""
+
+
+@dataclass
+class Worker:
+    """One call's loop. `fill` fills one column within limits; `rest` gives back what only encoding needs."""
+
+    database: Database
+    fill: Callable[[Column, Totals, Limits], None]
+    rest: Callable[[], None]
+    warn: Callable[[Column, AutoembedError], None]
+    totals: Totals
+    seconds: int | None
+    started: float = field(default_factory=time.monotonic)
+    places: dict[int, Place] = field(default_factory=dict)
+    columns: list[Column] = field(default_factory=list)
+    known: str | None = None
+
+    def run(self) -> None:
+        interval, tired = SHORTEST, False
+        while self.left() > 0:
+            began, spent = time.monotonic(), self.handled()
+            self.look_around()
+            if self.handled() > spent:
+                interval, tired = SHORTEST, True
+                continue
+            if tired and interval >= LONGEST:
+                self.rest()
+                tired = False
+            sleep(self.database, min(max(interval, PROBING_SHARE * (time.monotonic() - began)), self.left()))
+            interval = min(2 * interval, LONGEST)
+
+    def left(self) -> float:
+        """Seconds; a call without an end has an hour left at any time."""
+        return 3600.0 if self.seconds is None else self.started + self.seconds - time.monotonic()
+
+    def handled(self) -> int:
+        return self.totals.embedded + self.totals.failed
+
+    def look_around(self) -> None:
+        """At each column once, in the order of their last turns."""
+        self.notice_declarations()
+        for column in self.columns:
+            if self.left() > 0 and self.wants(column):
+                self.take_turn(column)
+
+    def notice_declarations(self) -> None:
+        declared = self.database.declarations()
+        if declared != self.known:
+            self.columns, self.known = self.database.columns(None), declared
+            self.places = {each.registration: self.places.get(each.registration, Place()) for each in self.columns}
+        self.database.commit()
+
+    def wants(self, column: Column) -> bool:
+        place, now = self.places[column.registration], time.monotonic()
+        if now < place.look:
+            return False
+        if now >= place.fill:
+            return True
+        try:
+            found = self.database.has_pending(column)
+            self.database.commit()
+        except self.database.error as error:
+            if self.database.sqlstate(error) not in TRY_AGAIN:
+                raise
+            self.database.rollback()
+            return False
+        return found
+
+    def take_turn(self, column: Column) -> None:
+        place, before, began = self.places[column.registration], self.handled(), time.monotonic()
+        try:
+            self.fill(column, self.totals, Limits(None, max(1, min(TURN, round(self.left())))))
+            place.trouble = ""
+        except AutoembedError as error:  # one column's model must not keep the others from being filled
+            if place.trouble != str(error):
+                self.warn(column, error)
+            place.trouble = str(error)
+            place.look = time.monotonic() + TROUBLE
+            return
+        now = time.monotonic()
+        place.fill = now + ROUND
+        if self.handled() == before:
+            place.look = now + BARREN_SHARE * (now - began)

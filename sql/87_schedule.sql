@@ -1,0 +1,233 @@
+-- Filling by pg_cron: one job per owner, run as that owner. pg_cron is optional, so nothing here is bound when created.
+
+-- A tick. With nothing pending it is plain SQL: it starts no Python, and so imports nothing.
+create procedure autoembed.tick(batch integer)
+language plpgsql as $$
+declare
+    embedded pg_catalog.int8 := 0;
+    failed pg_catalog.int8 := 0;
+    skipped pg_catalog.int8 := 0;
+begin
+    if autoembed.any_pending() then
+        call @extschema@.embed_pending(
+            batch => batch, relation => null::pg_catalog.regclass, max_rows => null::pg_catalog.int8,
+            max_seconds => null::pg_catalog.int4, embedded => embedded, failed => failed, skipped => skipped);
+    end if;
+end
+$$;
+
+create function autoembed.any_pending() returns boolean
+language plpgsql volatile as $$
+declare
+    r autoembed.registration;
+begin
+    for r in select g.* from autoembed.registration g where g.enabled and autoembed.is_own(g.relation) loop
+        if autoembed.probe(r) then
+            return true;
+        end if;
+    end loop;
+    return false;
+end
+$$;
+
+-- As has_pending, without a shape: to make one takes longer than all the rest of a tick.
+create function autoembed.probe(r autoembed.registration) returns boolean
+language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
+declare
+    rows pg_catalog.text := autoembed.rows_of(r.relation);
+    target pg_catalog.name := autoembed.column_name(r.relation, r.target);
+    found pg_catalog.bool;
+begin
+    if rows is null or target is null or not autoembed.lock_relation(rows)
+        or not autoembed.is_own(r.relation) or rows operator(pg_catalog.<>) autoembed.rows_of(r.relation) or not autoembed.is_sound(r) then
+        return false;
+    end if;
+    execute pg_catalog.format('select exists (select from %s t where %s order by t.%I is null limit 1)', rows,
+                              autoembed.pending_condition('t.', target, autoembed.column_names(r.relation, r.sources)), target) into found;
+    return found;
+end
+$$;
+
+create function autoembed.rows_of(relation oid) returns text
+language sql stable
+begin atomic
+    select format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname, c.relname)
+    from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+end;
+
+-- null where the library is not loaded, '' where the caller may not know
+create function autoembed.cron_setting(name text) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    return current_setting('cron.' || name, true);
+exception when insufficient_privilege then
+    return '';
+end
+$$;
+
+create function autoembed.has_cron() returns boolean
+language sql stable
+begin atomic
+    select exists (select from pg_catalog.pg_extension e where e.extname = 'pg_cron');
+end;
+
+-- Where pg_cron keeps its jobs in another database: over a connection of the caller's own, by dblink, which both may
+-- or may not be allowed.
+create function autoembed.ask_cron(query text) returns setof text
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    dblink text := (select format('%I.dblink', n.nspname) from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'dblink');
+    cron_database text := autoembed.cron_setting('database_name');
+begin
+    if autoembed.has_cron() then
+        return query execute query;
+    elsif cron_database is null then
+        raise exception using errcode = 'feature_not_supported', message = 'pg_cron is not loaded in this server',
+            hint = format('Install it (Debian: postgresql-%s-cron), add pg_cron to shared_preload_libraries, set cron.database_name and restart; '
+                          'or keep CALL embed_worker() running some other way.', current_setting('server_version_num')::integer / 10000);
+    elsif cron_database = current_database() then
+        raise exception using errcode = 'undefined_object', message = 'the extension pg_cron is not in this database',
+            hint = 'A superuser runs CREATE EXTENSION pg_cron here; then GRANT USAGE ON SCHEMA cron to those who schedule.';
+    else
+        begin
+            return query execute format('select * from %s($1, $2) as (answer text)', dblink)
+                using format('host=%s port=%s dbname=%L user=%L', quote_literal(split_part(autoembed.socket_directory(), ',', 1)),
+                             current_setting('port'), cron_database, current_user), query;
+        exception when others then
+            if sqlerrm ~ '^(canceling|terminating)' then raise; end if;
+            raise exception using errcode = 'object_not_in_prerequisite_state',
+                message = format('pg_cron keeps its jobs in database %s, which cannot be reached from here', coalesce(nullif(cron_database, ''), 'cron.database_name')),
+                detail = 'dblink is tried, where it is installed, with a connection as ' || current_user || '.',
+                hint = format('Run there, as a superuser: %s', query);
+        end;
+    end if;
+end
+$$;
+
+create function autoembed.socket_directory() returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    return trim(current_setting('unix_socket_directories'));
+exception when insufficient_privilege then
+    return '';
+end
+$$;
+
+-- '10 seconds' as pg_cron 1.5 understands it; up to 1.4 a job each minute keeps a worker on, which is as quick
+create function autoembed.knows_seconds() returns boolean
+language sql stable
+begin atomic
+    select coalesce((select (string_to_array(split_part(e.extversion, '-', 1), '.'))[1:2]::integer[] >= array[1, 5]
+                     from pg_catalog.pg_extension e where e.extname = 'pg_cron'), false);
+end;
+
+create function autoembed.job_schedule(schedule text) returns text
+language sql stable
+begin atomic
+    select case when schedule = 'worker' then '* * * * *'
+                when schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds() then '* * * * *'
+                else schedule end;
+end;
+
+-- Everything qualified and all arguments named: anybody may put an embed_pending(int) of his own on a path.
+create function autoembed.job_command(schedule text, batch integer, workers integer) returns text
+language sql stable
+begin atomic
+    select case when schedule = 'worker' or (schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds())
+        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, embedded => 0, failed => 0, skipped => 0)', batch, workers)
+        else format('call autoembed.tick(batch => %s)', batch) end;
+end;
+
+create function autoembed.check_schedule(schedule text, batch integer, workers integer) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    if batch is null or batch not between 1 and 512 then
+        raise exception using errcode = 'invalid_parameter_value', message = format('batch is %s', coalesce(batch::text, 'null')), hint = 'batch is 1 to 512.';
+    elsif workers is null or workers not between 1 and 64 then
+        raise exception using errcode = 'invalid_parameter_value', message = format('workers is %s', coalesce(workers::text, 'null')), hint = 'workers is 1 to 64.';
+    elsif schedule is null or (schedule ~ 'second' and schedule !~ '^([1-9]|[1-5][0-9]) seconds?$') or schedule ~ '''' then
+        raise exception using errcode = 'invalid_parameter_value', message = format('invalid schedule: %s', coalesce(schedule, 'null')),
+            hint = 'As ''10 seconds'' (1 to 59), as cron writes it (''*/5 * * * *''), or ''worker'' for a worker that stays on.';
+    elsif autoembed.has_cron() and not has_schema_privilege('cron', 'usage') then
+        raise exception using errcode = 'insufficient_privilege', message = 'permission denied to schedule jobs with pg_cron',
+            hint = format('A superuser runs: GRANT USAGE ON SCHEMA cron TO %I', current_user);
+    elsif autoembed.cron_setting('use_background_workers') = 'off' then
+        raise warning using message = 'pg_cron will connect to localhost for each job, and pg_hba.conf must let it in without a password',
+            hint = 'Set cron.use_background_workers = on and restart: then it needs no connection.';
+    end if;
+end
+$$;
+
+-- A superuser schedules for every owner of a declared column, anyone else for himself: filling runs as the owner.
+create function autoembed.scheduled_roles() returns setof name
+language sql stable
+begin atomic
+    select current_user where not exists (select from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation)
+        or not (select u.rolsuper from pg_catalog.pg_roles u where u.rolname = current_user)
+    union
+    select o.rolname from autoembed.registration r
+    join pg_catalog.pg_class c on c.oid = r.relation
+    join pg_catalog.pg_roles o on o.oid = c.relowner
+    where (select u.rolsuper from pg_catalog.pg_roles u where u.rolname = current_user);
+end;
+
+create function autoembed.job_name(number integer) returns text
+language sql stable
+begin atomic
+    select format('pg_autoembed %s %s', current_database(), number);
+end;
+
+create function embed_schedule(
+    schedule text default '10 seconds', batch integer default 32, workers integer default 1,
+    out role name, out job bigint, out job_schedule text, out command text)
+returns setof record
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    schedule := trim(schedule);
+    perform autoembed.check_schedule(schedule, batch, workers);
+    job_schedule := autoembed.job_schedule(schedule);
+    command := autoembed.job_command(schedule, batch, workers);
+    for role in select * from autoembed.scheduled_roles() loop
+        if not (select u.rolcanlogin from pg_roles u where u.rolname = role) then
+            raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail', role), hint = format('ALTER ROLE %I LOGIN', role);
+            continue;
+        end if;
+        perform autoembed.ask_cron(autoembed.unschedule_query(role, workers));
+        for n in 1 .. workers loop
+            job := autoembed.ask_cron(autoembed.schedule_query(n, job_schedule, command, role));
+            return next;
+        end loop;
+    end loop;
+end
+$$;
+
+comment on function embed_schedule(text, integer, integer) is
+    'fill by pg_cron from now on, as the caller, or as each owner where a superuser calls; again with other arguments to change it';
+
+create function autoembed.schedule_query(number integer, schedule text, command text, role name) returns text
+language sql stable
+begin atomic
+    select case when role = current_user and autoembed.has_cron()
+        then format('select cron.schedule(%L, %L, %L)::text', autoembed.job_name(number), schedule, command)
+        else format('select cron.schedule_in_database(%L, %L, %L, %L, %L)::text', autoembed.job_name(number), schedule, command, current_database(), role) end;
+end;
+
+-- jobs of this database beyond that number; of all roles where `role` is null
+create function autoembed.unschedule_query(role name, beyond integer) returns text
+language sql stable
+begin atomic
+    select format('select cron.unschedule(j.jobid)::text from cron.job j where j.database = %1$L and starts_with(j.jobname, %2$L) and substring(j.jobname from ''[0-9]+$'')::integer > %3$s%4$s',
+                  current_database(), format('pg_autoembed %s ', current_database()), beyond,
+                  case when role is not null then format(' and j.username = %L', role) end);
+end;
+
+create function embed_unschedule() returns bigint
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    perform autoembed.check_schedule('worker', 1, 1);
+    return (select count(*) from autoembed.ask_cron(autoembed.unschedule_query(
+        case when not (select u.rolsuper from pg_roles u where u.rolname = current_user) then current_user end, 0)));
+end
+$$;
+
+comment on function embed_unschedule() is 'remove the jobs of embed_schedule, the caller''s own, or all where a superuser calls; how many';

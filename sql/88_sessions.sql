@@ -1,0 +1,43 @@
+-- Models stay loaded in a session; here they are loaded, freed, and shown.
+
+create function embed_load(model text default null) returns text
+language plpython3u volatile parallel unsafe as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_load(model)
+$$;
+
+comment on function embed_load(text) is 'load a model into this session, so that its first embedding is quick; the model''s name';
+
+create function embed_unload() returns integer
+language plpython3u volatile parallel unsafe as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_unload()
+$$;
+
+comment on function embed_unload() is 'free the models that this session has loaded; how many';
+
+-- whose sessions' models the current user sees: his own roles', or all
+create function autoembed.visible_pids() returns setof integer
+language sql stable
+begin atomic
+    select a.pid from pg_catalog.pg_stat_activity a
+    where pg_has_role(a.usesysid, 'usage') or pg_has_role('pg_read_all_stats', 'usage');
+end;
+
+create function autoembed.sessions(
+    out pid integer, out model text, out device text, out preloaded boolean, out loaded_at double precision,
+    out load_seconds double precision, out texts bigint, out private_bytes bigint, out shared_bytes bigint)
+returns setof record
+language plpython3u volatile parallel restricted as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].list_sessions()
+$$;
+
+-- A row for each model that a session has loaded. The memory is its whole process's: `private` is what only it has,
+-- `shared` also counts what comes from files, as the weights and the server's shared buffers do.
+create view embedding_sessions with (security_invoker = true) as
+select s.pid, a.datname as database, a.usename as role, s.model, s.device, s.preloaded, s.texts,
+       to_timestamp(s.loaded_at) as loaded_at, make_interval(secs => s.load_seconds) as load_time,
+       s.private_bytes, s.shared_bytes
+from autoembed.sessions() s
+left join pg_catalog.pg_stat_activity a on a.pid = s.pid;
