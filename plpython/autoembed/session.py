@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
-from orjson import Fragment, dumps
-
-from . import API_VERSION, batching, models, preload, settings
+from . import API_VERSION, batching, models, page, preload, settings
+from .cache import Cache
 from .encoder import Encoder
 from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
 from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
 from .vectors import to_text
+from .worker import LONGEST, SHORTEST, Worker, sleep
 
 MAX_BATCH = 512
+MAX_WORKERS = 64
 FIRST_NOTICE, NOTICE_EVERY = 1.0, 5.0
 COUNTED = 100_000
 """As far as autoembed.indexed_count counts."""
@@ -79,7 +80,7 @@ class Session:
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
         self.gd = gd
-        self.models: dict[str, Encoder] = gd.setdefault("autoembed models", {})
+        self.models: Cache = gd.setdefault("autoembed models", Cache(page.Page()))
         # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
         self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
         self.database = SessionDatabase(plpy)
@@ -133,13 +134,17 @@ class Session:
         """The loaded model of that name, loaded now if need be; again where its files have changed since."""
         current = settings.read()
         model = models.find(current, name)
-        loaded = self.models.get(model.name)
-        if loaded is None or loaded.model.fingerprint != model.fingerprint:
-            if loaded is not None:
-                self.models.pop(model.name).close()
-            loaded = preload.take(self.gd, model, current) or models.load(model, current)
-            self.models[model.name] = loaded
-        return loaded
+        return self.models.get(
+            model, current, lambda: preload.take(self.gd, model, current), lambda: models.load(model, current)
+        )
+
+    @interface
+    def embed_load(self, model: str | None) -> str:
+        return self.encoder(model).model.name
+
+    @interface
+    def embed_unload(self) -> int:
+        return self.models.clear()
 
     # --- filling -----------------------------------------------------------------------------------------------
 
@@ -199,10 +204,10 @@ class Session:
             if value is not None and value < 0:
                 self.fail(f"{name} is {value}", "22023", f"{name} is 0 or more, or null for no limit.")
 
-    def enter(self) -> str | None:
+    def enter(self, procedure: str = "embed_pending", when: str = "after each batch") -> str | None:
         """Step 0: a bare commit, before anything is claimed; read committed from here on."""
         if self.database.value("select pg_catalog.pg_is_in_recovery()"):
-            self.fail("embed_pending cannot fill a standby", "25006", "Run it on the primary.")
+            self.fail(f"{procedure} cannot fill a standby", "25006", "Run it on the primary.")
         isolation = str(self.database.value("select pg_catalog.current_setting('default_transaction_isolation')"))
         former = None if isolation == "read committed" else isolation
         if former is not None:
@@ -213,7 +218,7 @@ class Session:
             if error.sqlstate != "2D000":
                 raise
             self.fail(
-                "embed_pending commits after each batch and cannot run inside a transaction block",
+                f"{procedure} commits {when} and cannot run inside a transaction block",
                 "2D000",
                 "Call it outside BEGIN, alone in its query string; psycopg needs autocommit=True.",
             )
@@ -236,12 +241,93 @@ class Session:
         )
 
     def log(self, totals: Totals, seconds: float) -> None:
-        encoders = ", ".join(f"{name} on {encoder.device}" for name, encoder in self.models.items())
+        encoders = ", ".join(f"{name} on {loaded.device}" for name, loaded in self.models.loaded.items())
         self.plpy.log(
             f"autoembed: {totals.embedded} rows embedded, {totals.failed} failed, {totals.skipped} skipped, "
             f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s "
             f"({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {encoders}"
         )
+
+    # --- staying on --------------------------------------------------------------------------------------------
+
+    @interface
+    def embed_worker(self, batch: int | None, max_seconds: int | None, workers: int | None) -> dict[str, int]:
+        started = time.monotonic()
+        self.check_arguments(batch, None, max_seconds)
+        if workers is None or not 1 <= workers <= MAX_WORKERS:
+            self.fail(f"workers is {workers}", "22023", f"workers is 1 to {MAX_WORKERS}.")
+        isolation = self.enter("embed_worker")
+        totals, place = Totals(), None
+        try:
+            place = self.database.value("select autoembed.take_place($1)", ["int4"], [workers])
+            self.database.commit()
+            if place is None:
+                self.plpy.notice("the embedding workers of this role are at work in this database already")
+            else:
+                self.worker(batch or 0, max_seconds, totals).run()
+        finally:
+            self.give_up(place)
+            self.leave(isolation)
+        if totals.embedded or totals.failed or totals.skipped:
+            self.log(totals, time.monotonic() - started)
+        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
+
+    def worker(self, batch: int, max_seconds: int | None, totals: Totals) -> Worker:
+        def fill(column: Column, totals: Totals, limits: Limits) -> None:
+            encoder = self.encoder_of(column)
+            Filler(self.database, column, encoder, totals, limits, batch, progress=lambda *_: None).run()
+
+        def warn(column: Column, error: AutoembedError) -> None:
+            self.plpy.warning(f"{column.label} is not filled: {error}", hint=error.hint)
+
+        return Worker(self.database, fill, self.models.rest, warn, totals, max_seconds)
+
+    def give_up(self, place: int | None) -> None:
+        while place is not None:
+            try:
+                self.database.rollback()
+                self.database.release([place])
+                self.database.commit()
+                return
+            except self.plpy.SPIError as error:
+                if error.sqlstate != "57014":  # a cancel that comes now must not leave the lock in a pooled session
+                    raise
+
+    @interface
+    def embed_wait(self, relation: str | None, timeout: str | None) -> None:
+        if relation is None or timeout is None:
+            self.fail("relation and timeout must not be null", "22004", None)
+        oid = self.database.value("select autoembed.oid_of($1)", ["text"], [relation])
+        seconds = self.database.value("select autoembed.seconds($1)", ["text"], [timeout])
+        isolation = self.enter("embed_wait", "between its looks")
+        try:
+            self.wait(oid, relation, time.monotonic() + seconds)
+        finally:
+            self.leave(isolation)
+
+    def wait(self, oid: int, relation: str, end: float) -> None:
+        """Asleep it holds no snapshot: what it waits for would be vacuumed in vain."""
+        interval = SHORTEST
+        while True:
+            left = self.database.row("select * from autoembed.outstanding($1)", ["oid"], [oid])
+            self.database.commit()
+            if not left["pending"] and not left["failed"]:
+                return
+            if not left["pending"]:
+                self.fail(
+                    f"rows of {relation} could not be embedded and are not tried again: {left['failed']}",
+                    "55000",
+                    "embedding_failures says why; embed_retry lets them be tried again.",
+                )
+            if time.monotonic() >= end:
+                self.fail(
+                    f"rows of {relation} are still pending",
+                    "57014",
+                    "Is a worker at work (embed_worker, embed_schedule), and no column paused? "
+                    "embedding_progress shows how far it is.",
+                )
+            sleep(self.database, min(interval, end - time.monotonic()))
+            interval = min(2 * interval, LONGEST)
 
     # --- immediate mode ----------------------------------------------------------------------------------------
 
@@ -327,6 +413,18 @@ class Session:
             for entry in models.catalog(settings.read())
         ]
 
+    @interface
+    def list_sessions(self) -> list[dict[str, Any]]:
+        """Those that the current user may look into, memory and all."""
+        visible = {row["pid"] for row in self.database.execute("select autoembed.visible_pids() as pid")}
+        found = []
+        for pid, path in page.pages():
+            if pid in visible:
+                private, shared = page.memory_of(pid)
+                about = {"pid": pid, "private_bytes": private, "shared_bytes": shared}
+                found += [about | entry for entry in page.read(path)]
+        return found
+
     def list_settings(self) -> list[tuple[str, str | None, str]]:
         return preload.annotate(self.gd, settings.report())
 
@@ -371,6 +469,8 @@ def column_of(row: Any) -> Column:
 
 
 def json(value: Any) -> str:
+    from orjson import dumps
+
     return dumps(value).decode()
 
 
@@ -405,6 +505,12 @@ class SessionDatabase:
     def columns(self, oid: int | None) -> list[Column]:
         rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
         return [column_of(row) for row in rows]
+
+    def declarations(self) -> str:
+        return str(self.value("select autoembed.declarations()"))
+
+    def has_pending(self, column: Column) -> bool:
+        return bool(self.value("select autoembed.has_pending($1::autoembed.shape)", ["text"], [column.shape]))
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
         row = self.row(
@@ -441,6 +547,8 @@ class SessionDatabase:
         return written
 
     def settle(self, column: Column, inflight: int, claim: Claim, result: Round, token_limit: int) -> None:
+        from orjson import Fragment  # here: a call that finds nothing to do must not pay for the import
+
         failures = [
             {"key": Fragment(failed.key), "hash": failed.hash.hex(), "kind": failed.kind, "message": failed.message}
             for failed in result.failed
