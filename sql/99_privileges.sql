@@ -39,8 +39,10 @@ revoke all on function
     embed_index(regclass, name, integer, integer, boolean), embed_retry(regclass)
     from public;
 revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) from public;
+revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint), embed_wait(regclass, interval) from public;
+revoke all on function embed_schedule(text, integer, integer), embed_unschedule(), embed_load(text), embed_unload() from public;
 
 grant select on
     embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput, embedding_failures,
-    embedding_truncations
+    embedding_truncations, embedding_sessions
     to public;
