@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain, groupby
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,22 +31,6 @@ SHORT, LONG = 48, 300
 
 class UnsupportedNetwork(Exception):
     """What this module cannot compute; sentence-transformers serves such a model. The message says why."""
-
-
-class Linear(Protocol):
-    """weight and bias of one matrix product, in whatever precision."""
-
-    outputs: int
-
-    def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """tokens (T, inputs) to out (T, outputs), which is float32 and is returned."""
-
-    def add_to(self, tokens: Tensor, residual: Tensor) -> Tensor:
-        """The same, added to residual (T, outputs) in place."""
-
-
-MakeLinear = Callable[[Sequence[str]], Linear]
-"""From the names of weights that stand side by side: the query's, the key's and the value's are one product."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +54,23 @@ BERT_NAMES = Names(
 MPNET_NAMES = Names(
     "attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o", "attention.LayerNorm"
 )
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """The same of one layer, in full; query, key and value stand side by side and are one product."""
+
+    joined: list[str]
+    output: str
+    attention_norm: str
+    up: str
+    down: str
+    norm: str
+
+    @property
+    def products(self) -> list[list[str]]:
+        return [self.joined, [self.output], [self.up], [self.down]]
+
 
 NAMES = {"bert": BERT_NAMES, "roberta": BERT_NAMES, "xlm-roberta": BERT_NAMES, "mpnet": MPNET_NAMES}
 OFFSET = ("roberta", "xlm-roberta", "mpnet")  # position ids begin after the padding token's id
@@ -117,15 +119,17 @@ class Shape:
     def head(self) -> int:
         return self.width // self.heads
 
-    def linear_names(self) -> list[list[str]]:
-        """The weights of each matrix product, in the order of use."""
-        names = NAMES[self.architecture]
-        found = []
-        for number in range(self.layers):
-            prefix = f"encoder.layer.{number}."
-            found.append([prefix + part for part in (names.query, names.key, names.value)])
-            found += [[prefix + part] for part in (names.output, "intermediate.dense", "output.dense")]
-        return found
+    def names(self, number: int) -> LayerNames:
+        """Of the weights of one layer."""
+        names, prefix = NAMES[self.architecture], f"encoder.layer.{number}."
+        return LayerNames(
+            joined=[prefix + part for part in (names.query, names.key, names.value)],
+            output=prefix + names.output,
+            attention_norm=prefix + names.attention_norm,
+            up=f"{prefix}intermediate.dense",
+            down=f"{prefix}output.dense",
+            norm=f"{prefix}output.LayerNorm",
+        )
 
 
 @dataclass(frozen=True)
@@ -177,9 +181,11 @@ def _groups(lengths: Sequence[int]) -> Iterator[Group]:
 class Norm:
     """Layer normalization over the width (Ba et al. 2016)."""
 
-    def __init__(self, weights: Mapping[str, Tensor], name: str, epsilon: float) -> None:
-        self.weight = _either(weights, f"{name}.weight", f"{name}.gamma")
-        self.bias = _either(weights, f"{name}.bias", f"{name}.beta")
+    def __init__(
+        self, weights: Mapping[str, Tensor], name: str, epsilon: float, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.weight = _either(weights, f"{name}.weight", f"{name}.gamma").to(dtype)
+        self.bias = _either(weights, f"{name}.bias", f"{name}.beta").to(dtype)
         self.epsilon = epsilon
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -189,14 +195,15 @@ class Norm:
 class Workspace:
     """The big matrices between layers, kept: new ones for each product would cost a page fault per 4 kB."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._kept: dict[str, Tensor] = {}
 
-    def take(self, name: str, rows: int, columns: int) -> Tensor:
+    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
         kept = self._kept.get(name)
         if kept is None or kept.numel() < rows * columns:
             self._kept.pop(name, None)
-            kept = self._kept[name] = torch.empty(rows * columns)
+            kept = self._kept[name] = torch.empty(rows * columns, dtype=dtype or self.dtype)
         return kept[: rows * columns].view(rows, columns)
 
     def clear(self) -> None:
@@ -228,13 +235,22 @@ class Embeddings:
         return torch.cat(counted) * real + self.padding
 
 
+Look = Callable[[Tensor, Tensor], Tensor]
+"""From query, key and value side by side (T, 3 * width) to what each token sees (T, width), which is given."""
+
+
 class Attention:
     """Each text's tokens look at one another (Vaswani et al. 2017), by flash attention or a product per head."""
 
-    def __init__(self, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
         self.shape = shape
         self.scale = 1 / math.sqrt(shape.head)
-        self.by_bucket = weights.get("encoder.relative_attention_bias.weight")
+        by_bucket = weights.get("encoder.relative_attention_bias.weight")
+        self.by_bucket = None if by_bucket is None else by_bucket.to(dtype)
+
+    def of(self, packed: Packed) -> Look:
+        """All layers look at the same texts."""
+        return partial(self.look, packed.groups, self.biases(packed))
 
     def biases(self, packed: Packed) -> list[Tensor | None]:
         """(heads, length, length) a group: MPNet adds to each score by how far apart two tokens are."""
@@ -246,10 +262,9 @@ class Attention:
         whole = self.by_bucket[buckets].permute(2, 0, 1).contiguous()
         return [whole[:, : group.length, : group.length].contiguous() for group in packed.groups]
 
-    def __call__(self, joined: Tensor, packed: Packed, biases: Sequence[Tensor | None], out: Tensor) -> Tensor:
-        """joined (T, 3 * width) to out (T, width)."""
+    def look(self, groups: Sequence[Group], biases: Sequence[Tensor | None], joined: Tensor, out: Tensor) -> Tensor:
         heads, head = self.shape.heads, self.shape.head
-        for group, bias in zip(packed.groups, biases, strict=True):
+        for group, bias in zip(groups, biases, strict=True):
             parts = joined[group.start : group.end].view(group.count, group.length, 3, heads, head)
             look = self.plain if SHORT < group.length <= LONG else self.flash
             seen = out[group.start : group.end].view(group.count, group.length, heads, head)
@@ -270,45 +285,67 @@ class Attention:
         return torch.bmm(scores.softmax(-1), value)[None]
 
 
+class Linear:
+    """A matrix product, on the weights as their file has them mapped: all processes share the pages.
+
+    Parts that stand side by side are written into one matrix; copying their weights into one would gain next to
+    nothing and cost each process a quarter of the model.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dtype) -> None:
+        self.parts = [(weights[f"{name}.weight"].to(dtype).t(), weights[f"{name}.bias"].to(dtype)) for name in names]
+        self.outputs = sum(len(bias) for _, bias in self.parts)
+
+    def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
+        """(T, inputs) to (T, outputs)"""
+        place = 0
+        for weight, bias in self.parts:
+            torch.addmm(bias, tokens, weight, out=out[:, place : place + len(bias)])
+            place += len(bias)
+        return out
+
+    def add_to(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        """The same, added to residual (T, outputs) in place."""
+        ((weight, bias),) = self.parts
+        residual += bias
+        return residual.addmm_(tokens, weight)
+
+
 class Layer:
-    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], number: int, linears: Sequence[Linear]) -> None:
-        prefix = f"encoder.layer.{number}."
-        self.joined, self.output, self.up, self.down = linears
-        self.attention_norm = Norm(weights, prefix + NAMES[shape.architecture].attention_norm, shape.epsilon)
-        self.norm = Norm(weights, f"{prefix}output.LayerNorm", shape.epsilon)
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], number: int, dtype: torch.dtype) -> None:
+        names = shape.names(number)
+        self.joined, self.output, self.up, self.down = (Linear(weights, each, dtype) for each in names.products)
+        self.attention_norm = Norm(weights, names.attention_norm, shape.epsilon, dtype)
+        self.norm = Norm(weights, names.norm, shape.epsilon, dtype)
         self.activate = ACTIVATIONS[shape.activation]
 
-    def __call__(
-        self, tokens: Tensor, packed: Packed, attention: Attention, biases: Sequence[Tensor | None], space: Workspace
-    ) -> Tensor:
+    def __call__(self, tokens: Tensor, looks: Look, space: Workspace) -> Tensor:
         count = len(tokens)
         joined = self.joined(tokens, space.take("joined", count, self.joined.outputs))
-        seen = attention(joined, packed, biases, space.take("seen", count, self.output.outputs))
+        seen = looks(joined, space.take("seen", count, self.output.outputs))
         tokens = self.attention_norm(self.output.add_to(seen, tokens))
         inner = self.activate(self.up(tokens, space.take("inner", count, self.up.outputs)))
         return self.norm(self.down.add_to(inner, tokens))
 
 
 class Network:
-    """Token ids of packed texts to a vector per token. Floating point is float32 but inside of a Linear."""
+    """Token ids of packed texts to a vector per token, all in one type of floating point number."""
 
-    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], make_linear: MakeLinear) -> None:
-        linears = [make_linear(names) for names in shape.linear_names()]
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         self.shape = shape
         self.embeddings = Embeddings(shape, weights)
-        self.attention = Attention(shape, weights)
-        self.layers = [
-            Layer(shape, weights, number, linears[4 * number : 4 * number + 4]) for number in range(shape.layers)
-        ]
-        self.space = Workspace()
+        self.attention = Attention(shape, weights, dtype)
+        self.dtype = dtype
+        self.layers = [Layer(shape, weights, number, dtype) for number in range(shape.layers)]
+        self.space = Workspace(dtype)
 
     def __call__(self, packed: Packed, checkpoint: Callable[[], None]) -> Tensor:
-        biases = self.attention.biases(packed)
-        tokens = self.embeddings(packed)
+        looks = self.attention.of(packed)
+        tokens = self.embeddings(packed).to(self.dtype)
         for layer in self.layers:
             checkpoint()
-            tokens = layer(tokens, packed, self.attention, biases, self.space)
-        return tokens
+            tokens = layer(tokens, looks, self.space)
+        return tokens.float()
 
 
 def relative_buckets(distances: Tensor, buckets: int, farthest: int = 128) -> Tensor:
@@ -324,4 +361,4 @@ def relative_buckets(distances: Tensor, buckets: int, farthest: int = 128) -> Te
 
 def _either(weights: Mapping[str, Tensor], name: str, former: str) -> Tensor:
     """Old BERTs call a norm's weight gamma and its bias beta."""
-    return (weights[name] if name in weights else weights[former]).float()
+    return weights[name] if name in weights else weights[former]

@@ -18,7 +18,6 @@ from autoembed import head, memory, threads
 from autoembed import layout as layouts
 from autoembed.encoder import Tokenized
 from autoembed.errors import BrokenModel, OutOfMemory
-from autoembed.linear import FloatLinear
 from autoembed.network import Network, Packed, Shape, UnsupportedNetwork
 from autoembed.tokens import TextTokenizer
 
@@ -43,7 +42,7 @@ class Loaded:
         shape = Shape.read(layout.config)
         weights = mapped(layout.transformer)
         self.pool, self.heads = head.read(layout, mapped)
-        self.network = Network(shape, weights, lambda names: FloatLinear(weights, names))
+        self.network = Network(shape, weights)
         self.tokenizer = TextTokenizer(layouts.tokenizer_file(layout), max_tokens)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
