@@ -181,7 +181,7 @@ def test_replaced_model_is_loaded_anew(
     former = model_in_use(session, "tiny-replaced")
     folder = tiny_mpnet(tmp_path, "tiny-replaced")
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 40, "do_lower_case": False})
-    command = [site() / "bin" / "python", "-I", "-m", "autoembed", "model", "add", folder, "--force"]
+    command = [str(site() / "bin" / "python"), "-I", "-m", "autoembed", "model", "add", str(folder), "--force"]
     subprocess.run(command, env=os.environ | {"EMBEDDING_MODEL_DIR": str(directory)}, check=True)
     with preloading.connect() as later:
         for each in (session, later):
