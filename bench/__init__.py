@@ -1,1 +1,1 @@
-"""The benchmarks that the README quotes: `bench/run [pipeline] [writes] [recall] [yardstick]`."""
+"""The benchmarks that the README quotes: `bench/run [pipeline] [writes] [scale] [recall] [encoder]`."""

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,13 +16,18 @@ PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Table:
-    """A section's outcome: cells as they are printed, and the same figures as numbers for results.json."""
+    """A section's outcome, or a part's: cells as they are printed, and the same figures as numbers for results.json.
+
+    `published` are those that are looked for by name, at the top of the file.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     figures: dict[str, Any] = field(default_factory=dict)
+    part: str = ""
+    published: dict[str, Any] = field(default_factory=dict)
 
     def text(self) -> str:
         widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
@@ -81,9 +87,24 @@ def state_folder() -> Path:
     return folder / "bench"
 
 
-def keep(figures: dict[str, Any]) -> Path:
+def keep(section: str, table: Table) -> Path:
     """Adds to the results of former runs, so that a section can be measured again alone."""
     file = state_folder() / "results.json"
     former = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(former | figures, indent=2) + "\n")
+    found = table.figures | {"notes": table.notes}
+    details = {section: {table.part: found} if table.part else found}
+    former = former if "details" in former else {}
+    results = json.dumps(merged(former, table.published | {"details": details}), indent=2) + "\n"
+    file.write_text(results)
+    with suppress(OSError):  # a checkout that others own
+        (ROOT / "bench" / "results.json").write_text(results)
     return file
+
+
+def merged(former: dict[str, Any], latter: dict[str, Any]) -> dict[str, Any]:
+    """Deeply, as far as the keys of the published figures go."""
+    deep = {
+        key: merged(former[key], value) if isinstance(value, dict) and isinstance(former.get(key), dict) else value
+        for key, value in latter.items()
+    }
+    return former | deep
