@@ -68,4 +68,5 @@ clean:      ## stop the private server, remove .pg/ and build/
 	@scripts/clean.sh
 
 dev: install
+	@scripts/deps.sh dev
 	@scripts/dev.sh

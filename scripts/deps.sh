@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # What the extension needs of the system: a PostgreSQL server with PL/Python, and a Python that can make a venv.
+# `deps.sh dev` adds what only the tests need: pg_cron, without which the product works.
 source "$(dirname "$0")/lib.sh"
 
 CLUSTER_CONF=/etc/postgresql-common/createcluster.conf
@@ -19,6 +20,15 @@ has_plpython() { use_postgres && [ -f "$PKGLIBDIR/plpython3.so" ] && [ -f "$SHAR
 has_venv() { "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null; }
 
 [ -z "${PG_CONFIG:-}" ] || [ -x "$PG_CONFIG" ] || die "PG_CONFIG=$PG_CONFIG is no program"
+
+if [ "${1:-}" = dev ]; then
+    use_postgres
+    [ ! -f "$SHAREDIR/extension/pg_cron.control" ] || exit 0
+    say "pg_cron, for the tests"
+    apt_install "postgresql-$(pg_major)-cron" || { as_root apt-get update -qq; apt_install "postgresql-$(pg_major)-cron"; } ||
+        say "apt has no pg_cron for PostgreSQL $(pg_major): install it, or the tests of embed_schedule fail"
+    exit 0
+fi
 installed && has_plpython && has_venv && exit 0
 
 say "packages of the system: PostgreSQL, PL/Python, venv"
