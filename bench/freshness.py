@@ -1,4 +1,4 @@
-"""How long a new row waits for its vector while a worker is on: from its COMMIT to the vector's; and what waiting costs.
+"""How long a new row waits for its vector while a worker is on, COMMIT to COMMIT; and what waiting costs.
 
 Rows come one by one, at random intervals, as a person or an application writes them.
 """
@@ -128,7 +128,8 @@ def make_table(delays: list[float], ticks: list[float], idle: float, about: str)
         columns=("what", "measured", "at most"),
         rows=cells,
         notes=(
-            f"longest: {1000 * delays[-1]:.0f} ms; ticks: {len(ticks)}, each in a new session, to {1000 * ticks[-1]:.1f} ms",
+            f"longest: {1000 * delays[-1]:.0f} ms",
+            f"ticks: {len(ticks)}, each in a new session; the dearest {1000 * ticks[-1]:.1f} ms",
             about,
             machine(),
         ),
