@@ -44,9 +44,12 @@ create table autoembed.failure (
     last_try timestamptz not null default clock_timestamp(),
     next_try timestamptz,
     checked timestamptz not null default clock_timestamp(),
+    key_hash bigint not null generated always as (jsonb_hash_extended(key, 0)) stored,
     primary key (registration, key)
 );
 create index on autoembed.failure (registration, checked);
+-- Under row-level security an index serves leakproof comparisons alone: bigint's is one, jsonb's is none.
+create index on autoembed.failure (registration, key_hash);
 
 create table autoembed.truncation (
     registration bigint not null references autoembed.registration on delete cascade,
@@ -54,9 +57,19 @@ create table autoembed.truncation (
     tokens integer not null,
     token_limit integer not null,
     checked timestamptz not null default clock_timestamp(),
+    key_hash bigint not null generated always as (jsonb_hash_extended(key, 0)) stored,
     primary key (registration, key)
 );
 create index on autoembed.truncation (registration, checked);
+create index on autoembed.truncation (registration, key_hash);
+
+-- Where the next call begins, before it goes through all rows as ever: behind a long stretch of rows that are held
+-- back, new rows would wait for it to be walked. `beyond` tells whether the key still is one of the relation's.
+create table autoembed.frontier (
+    registration bigint primary key references autoembed.registration on delete cascade,
+    key jsonb not null,
+    beyond text not null
+);
 
 -- What a worker has in flight between its two transactions. The twin is unlogged, so crash recovery empties it:
 -- a row without its twin was in flight when the server crashed, a row with it belonged to a worker that merely went.

@@ -30,12 +30,13 @@ create type autoembed.shape as (
 );
 
 -- Text that is longer than this is taken as not blank by the partial index, so that an UPDATE of another column
--- never has to fetch a long text from toast. What is really blank is found when the row is claimed.
+-- never has to fetch a long text from toast, and COPY looks into short ones alone. What is really blank is found when
+-- the row is claimed.
 create function autoembed.not_blank(expression text) returns text
 language sql immutable
 begin atomic
     select format(
-        '(pg_catalog.octet_length(%1$s) operator(pg_catalog.>) 256 or %1$s operator(pg_catalog.~) ''[^[:space:]]'')',
+        '(pg_catalog.octet_length(%1$s) operator(pg_catalog.>) 32 or %1$s operator(pg_catalog.~) ''[^[:space:]]'')',
         format('(%s)::pg_catalog.text collate pg_catalog."C"', expression));
 end;
 
@@ -205,8 +206,8 @@ begin
     where c.oid = r.relation;
 
     select array_agg(c.name order by c.position) as names,
+           string_agg(format(case c.position when 0 then 'least(t.%I)' else 't.%I' end, c.name), ', ' order by c.position) as indexed,
            format('pg_catalog.jsonb_build_array(%s)', string_agg(format('t.%I', c.name), ', ' order by c.position)) as key,
-           string_agg(format('t.%I', c.name), ', ' order by c.position) as columns,
            string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type), ' and ' order by c.position) as matching,
            string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', ' order by c.position) as bounds,
            min(c.greater) as greater
@@ -231,11 +232,11 @@ begin
     s.pending := autoembed.pending_condition('t.', autoembed.column_name(r.relation, r.target), s.sources);
     s.key_names := k.names;
     s.key := k.key;
-    s.ordering := format('(t.%s is null), %s', s.target, k.columns);
+    s.ordering := k.indexed;
     s.matching := k.matching;
     s.beyond := case cardinality(k.names)
-        when 1 then format('%s %s %s', k.columns, k.greater, k.bounds)
-        else format('row(%s) operator(pg_catalog.>) row(%s)', k.columns, k.bounds) end;
+        when 1 then format('%s %s %s', k.indexed, k.greater, k.bounds)
+        else format('row(%s) operator(pg_catalog.>) row(%s)', k.indexed, k.bounds) end;
     return s;
 end
 $$;

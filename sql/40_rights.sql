@@ -9,17 +9,21 @@ begin atomic
 end;
 
 -- Is the caller the owner of the relation and of all its partitions, and nobody greater behind a SET ROLE?
+-- In PL/pgSQL, as all that is asked in each transaction of a fill: its plans outlive the call, those of SQL functions
+-- are made each time, and cost more than a claim.
 create function autoembed.is_own(relation oid) returns boolean
-language sql stable
-begin atomic
-    select coalesce(bool_and(c.relowner = me.oid), false)
-           and not exists (select from pg_catalog.pg_roles s where s.rolname = session_user and s.rolsuper and s.oid <> (
-               select o.relowner from pg_catalog.pg_class o where o.oid = relation))
-    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p) tree
-    join pg_catalog.pg_class c on c.oid = tree.oid
-    join pg_catalog.pg_roles me on me.rolname = current_user
-    group by ();
-end;
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    return (
+        select coalesce(bool_and(c.relowner = me.oid), false)
+               and not exists (select from pg_roles s where s.rolname = session_user and s.rolsuper and s.oid <> (
+                   select o.relowner from pg_class o where o.oid = is_own.relation))
+        from (select is_own.relation as oid union select p.relid from pg_partition_tree(is_own.relation) p) tree
+        join pg_class c on c.oid = tree.oid
+        join pg_roles me on me.rolname = current_user
+        group by ());
+end
+$$;
 
 -- The bare check. Called again in each transaction of a fill, under the relation's lock.
 create function autoembed.authorize(relation oid) returns void
@@ -75,15 +79,16 @@ $$;
 
 -- Each change of a registration, and each ALTER TABLE of its relation, makes a new generation.
 create function autoembed.is_current(s autoembed.shape) returns boolean
-language sql volatile
-begin atomic
-    select exists (
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    return exists (
         select from autoembed.registration r
-        join pg_catalog.pg_class c on c.oid = r.relation
-        join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-        where r.id = (s).registration and r.generation = (s).generation and r.enabled = (s).enabled
-          and c.oid = (s).relation and format('%I.%I', n.nspname, c.relname) = (s).name);
-end;
+        join pg_class c on c.oid = r.relation
+        join pg_namespace n on n.oid = c.relnamespace
+        where r.id = s.registration and r.generation = s.generation and r.enabled = s.enabled
+          and c.oid = s.relation and format('%I.%I', n.nspname, c.relname) = s.name);
+end
+$$;
 
 
 -- may the current user read every row of the relation, and fill it?

@@ -275,8 +275,8 @@ begin
 end
 $$;
 
--- The pending rows in key order. Its first column is always true; it is there so that an order by it can be served by
--- this index alone: with old statistics the planner would walk the primary key past all rows that are filled.
+-- The pending rows in key order. least() of one column is that column; it is there so that an order by it can be served
+-- by this index alone: with old statistics the planner would walk the primary key past all rows that are filled.
 create function autoembed.install_pending_index(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -290,8 +290,9 @@ begin
     end if;
     perform autoembed.drop_pending_index(s.relation, s.target_number);  -- of a former key
     index := autoembed.free_index_name(s.relation, target, 'pending');
-    execute format('create index %I on %s ((%s is null), %s) where %s', index, s.name, s.target,
-                   (select string_agg(quote_ident(u), ', ' order by k.n) from unnest(s.key_names) with ordinality as k (u, n)),
+    execute format('create index %I on %s (%s) where %s', index, s.name,
+                   (select string_agg(format(case k.n when 1 then '(least(%I))' else '%I' end, u), ', ' order by k.n)
+                    from unnest(s.key_names) with ordinality as k (u, n)),
                    autoembed.pending_condition('', target, s.sources));
     execute format('alter index %I.%I depends on extension pg_autoembed', place, index);
 end
@@ -316,8 +317,10 @@ begin atomic
     select exists (
         select from autoembed.pending_indexes(relation, target) p
         join pg_catalog.pg_index i on i.indexrelid = p and i.indisvalid
-        where (i.indkey::smallint[])[1 : i.indnkeyatts - 1] = (
-            select (k.indkey::smallint[])[0 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
+        where pg_get_indexdef(p, 1, false) = (
+                select format('LEAST(%I)', c.name) from autoembed.key_columns(relation) c where c.position = 0)
+          and (i.indkey::smallint[])[1 : i.indnkeyatts - 1] = (
+                select (k.indkey::smallint[])[1 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
 end;
 
 create function autoembed.drop_triggers(relation oid, row_trigger oid, target name) returns void

@@ -70,16 +70,18 @@ end
 $$;
 
 create function autoembed.holds_back(registration bigint) returns boolean
-language sql volatile
-begin atomic
-    select exists (select from autoembed.failure f where f.registration = holds_back.registration)
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    return exists (select from autoembed.failure f where f.registration = holds_back.registration)
         or exists (select from autoembed.suspect f where f.registration = holds_back.registration);
-end;
+end
+$$;
 
 create function autoembed.first_of(keys jsonb[], without jsonb[], wanted integer) returns jsonb[]
 language sql stable
 begin atomic
-    select array(select u.key from unnest(keys) with ordinality as u (key, n) where u.key <> all (without) order by u.n limit wanted);
+    select array(select u.key from unnest(keys) with ordinality as u (key, n)
+                 where u.key not in (select w.key from unnest(without) as w (key)) order by u.n limit wanted);
 end;
 
 create function autoembed.locks_of(s autoembed.shape, inflight bigint, keys jsonb[]) returns bigint[]
@@ -93,15 +95,23 @@ end;
 create function autoembed.locks_without(s autoembed.shape, keys jsonb[], without jsonb[]) returns bigint[]
 language sql stable
 begin atomic
-    select array(select autoembed.row_lock((s).relation, (s).target_number, u.key) from unnest(keys) as u (key) where u.key <> all (without));
+    select array(select autoembed.row_lock((s).relation, (s).target_number, u.key) from unnest(keys) as u (key)
+                 where u.key not in (select w.key from unnest(without) as w (key)));
 end;
 
+-- Written so that each key is looked up by key_hash, whatever the statistics: under row-level security a clause with one
+-- of jsonb's functions is no index condition, and a join of the two could read all of the registration's failures.
 create function autoembed.held_keys(registration bigint, keys jsonb[], out held jsonb[], out hashes bytea[])
 language sql volatile
 begin atomic
     select array_agg(f.key), array_agg(f.hash)
-    from (select f.key, f.hash from autoembed.failure f
-          where f.registration = held_keys.registration and f.key = any (keys) and (f.next_try is null or f.next_try > clock_timestamp())
+    from (select f.key, f.hash
+          from (select k.key, jsonb_hash_extended(k.key, 0) as hash from unnest(keys) as k (key) offset 0) u
+          cross join lateral (
+              select x.key, x.hash from autoembed.failure x
+              where x.registration = held_keys.registration and x.key_hash = u.hash and x.key = u.key
+                and (x.next_try is null or x.next_try > clock_timestamp())
+              offset 0) f
           union all
           select f.key, f.hash from autoembed.suspect f where f.registration = held_keys.registration and f.key = any (keys)) f;
 end;
@@ -132,7 +142,7 @@ $$;
 -- The other settings make a key's jsonb, and so its lock and its failures, the same in every session.
 create function autoembed.candidates(
     s autoembed.shape, after jsonb, wanted integer,
-    out keys jsonb[], out locks bigint[], out cursor jsonb, out inflight bigint)
+    out keys jsonb[], out locks bigint[], out cursor jsonb, out passed integer, out inflight bigint)
 returns setof record
 language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
@@ -156,7 +166,8 @@ begin
     if keys is null then
         return;
     end if;
-    cursor := keys[pg_catalog.cardinality(keys)];
+    passed := pg_catalog.cardinality(keys);
+    cursor := keys[passed];
     if scan operator(pg_catalog.>) wanted then
         held := autoembed.held_back(s, keys);
         keys := autoembed.first_of(keys, held, wanted);
@@ -170,17 +181,42 @@ begin
 end
 $$;
 
+-- Where a call begins. Null: with the first row, for there is no long stretch of rows that are held back.
+create function autoembed.frontier(s autoembed.shape) returns jsonb
+language sql volatile
+begin atomic
+    select f.key from autoembed.frontier f where f.registration = (s).registration and f.beyond = (s).beyond;
+end;
+
+-- A call's end, for the next one's beginning; a caller who may not write state leaves it as it is.
+create function autoembed.set_frontier(s autoembed.shape, key jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if not autoembed.owns((select r.relation from autoembed.registration r where r.id = s.registration)) then
+        return;
+    end if;
+    if key is null then
+        delete from autoembed.frontier f where f.registration = s.registration;
+    else
+        insert into autoembed.frontier as f values (s.registration, key, s.beyond)
+        on conflict on constraint frontier_pkey do update set key = excluded.key, beyond = excluded.beyond
+        where (f.key, f.beyond) is distinct from (excluded.key, excluded.beyond);
+    end if;
+end
+$$;
+
 -- Unlock those of these locks that this session holds: exactly what a claim took, also when an error cut it short
 -- and nobody knows how far it came. Never pg_advisory_unlock_all: the application may hold locks of its own.
 create function autoembed.release(locks bigint[]) returns void
-language sql volatile
-begin atomic
-    select case p.mode when 'ShareLock' then pg_advisory_unlock_shared(u.lock) else pg_advisory_unlock(u.lock) end
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    perform case p.mode when 'ShareLock' then pg_advisory_unlock_shared(u.lock) else pg_advisory_unlock(u.lock) end
     from (select distinct l.lock from unnest(locks) as l (lock)) u
-    join pg_catalog.pg_locks p
+    join pg_locks p
         on p.locktype = 'advisory' and p.pid = pg_backend_pid() and p.objsubid = 1
        and p.classid = ((u.lock >> 32) & 4294967295)::oid and p.objid = (u.lock & 4294967295)::oid;
-end;
+end
+$$;
 
 create function autoembed.try_locks(s autoembed.shape, inflight bigint, wanted jsonb[]) returns jsonb[]
 language sql volatile
@@ -311,6 +347,27 @@ begin atomic
         next_try = autoembed.next_try(excluded.kind, case when f.hash = excluded.hash then f.attempts + 1 else 1 end);
 end;
 
+-- Key by key, for the reason that held_keys has.
+create function autoembed.clear_records(registration bigint, keys jsonb[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    failures boolean := exists (select from autoembed.failure f where f.registration = clear_records.registration);
+    truncations boolean := exists (select from autoembed.truncation f where f.registration = clear_records.registration);
+    k jsonb;
+begin
+    foreach k in array keys loop
+        if failures then
+            delete from autoembed.failure f
+            where f.registration = clear_records.registration and f.key_hash = jsonb_hash_extended(k, 0) and f.key = k;
+        end if;
+        if truncations then
+            delete from autoembed.truncation f
+            where f.registration = clear_records.registration and f.key_hash = jsonb_hash_extended(k, 0) and f.key = k;
+        end if;
+    end loop;
+end
+$$;
+
 -- The round's record, in the transaction of its vectors: failures, truncations, figures; and the end of the flight.
 create function autoembed.settle(
     registration bigint, inflight bigint, handled jsonb[], written jsonb[],
@@ -329,8 +386,7 @@ begin
     end if;
     delete from autoembed.inflight f where f.registration = r.id and f.id = settle.inflight;
     delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
-    delete from autoembed.failure f where f.registration = r.id and f.key = any (written);
-    delete from autoembed.truncation f where f.registration = r.id and f.key = any (written);
+    perform autoembed.clear_records(r.id, written);
     perform autoembed.fail(r.id, u.key, decode(u.hash, 'hex'), u.kind, u.message)
     from jsonb_to_recordset(failures) as u (key jsonb, hash text, kind text, message text);
     insert into autoembed.truncation (registration, key, tokens, token_limit)
@@ -347,10 +403,11 @@ end
 $$;
 
 create function autoembed.forget(registration bigint, inflight bigint) returns void
-language sql volatile
-begin atomic
-    delete from autoembed.inflight f where f.registration = forget.registration and f.id = inflight;
-end;
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    delete from autoembed.inflight f where f.registration = forget.registration and f.id = forget.inflight;
+end
+$$;
 
 -- Rows in flight whose worker is gone (their lock is free): with the twin there, the worker merely went; without it,
 -- the server crashed with them in flight, and they become suspects. A suspect that crashed the server alone is blamed.
@@ -437,17 +494,19 @@ begin
     foreach kind in array array['failure', 'truncation'] loop
         execute pg_catalog.format(
             'with oldest as materialized (
-                 select d.key, exists (select from %2$s t where %3$s) as there
-                 from (select o.key from autoembed.%1$I o
+                 select d.key, d.key_hash, exists (select from %2$s t where %3$s) as there
+                 from (select o.key, o.key_hash from autoembed.%1$I o
                        where o.registration operator(pg_catalog.=) $1
                          and o.checked operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) ''1 minute''::pg_catalog.interval)
                        order by o.checked limit 1000) d
              ), gone as (
                  delete from autoembed.%1$I f using oldest d
-                 where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and not d.there
+                 where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
+                   and f.key operator(pg_catalog.=) d.key and not d.there
              )
              update autoembed.%1$I f set checked = pg_catalog.clock_timestamp() from oldest d
-             where f.registration operator(pg_catalog.=) $1 and f.key operator(pg_catalog.=) d.key and d.there', kind, s.rows, s.matching) using s.registration;
+             where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
+               and f.key operator(pg_catalog.=) d.key and d.there', kind, s.rows, s.matching) using s.registration;
     end loop;
 end
 $$;

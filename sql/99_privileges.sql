@@ -4,11 +4,11 @@ do $$
 declare
     state name;
 begin
-    foreach state in array array['registration', 'run', 'failure', 'truncation', 'inflight', 'inflight_twin', 'suspect'] loop
+    foreach state in array array['registration', 'run', 'failure', 'truncation', 'inflight', 'inflight_twin', 'suspect', 'frontier'] loop
         execute format('alter table autoembed.%I enable row level security', state);
         execute format('grant select, insert, update, delete on autoembed.%I to public', state);
     end loop;
-    foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect'] loop
+    foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect', 'frontier'] loop
         execute format(
             'create policy owner on autoembed.%I using (registration in (
                  select r.id from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
@@ -29,6 +29,7 @@ create policy owner on autoembed.inflight_twin using ((registration, id) in (sel
 -- again; but no more rows than it can read in the table anyway.
 create policy filler on autoembed.failure for select using (autoembed.reads_all(registration));
 create policy filler on autoembed.suspect for select using (autoembed.reads_all(registration));
+create policy filler on autoembed.frontier for select using (autoembed.reads_all(registration));
 
 -- These run a model: by GRANT only. The README has a recipe for each kind of user.
 revoke all on function

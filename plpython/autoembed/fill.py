@@ -22,6 +22,8 @@ TRY_AGAIN = ("40001", "40P01", "55P03")
 ATTEMPTS = 5
 PASSES = 3
 """At most: rows that were changed or locked meanwhile get another chance, a busy table does not hold the call."""
+BARREN = 1_000
+"""So many rows one after another of which none could be embedded are a stretch that the next call begins behind."""
 
 
 T = TypeVar("T")
@@ -41,11 +43,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Keys that seem pending, and every lock that claiming them may take."""
+    """Keys that seem pending, and every lock that claiming them may take; how many rows were looked at for them."""
 
     keys: list[str]
     locks: list[int]
     cursor: str
+    passed: int
     inflight: int
 
 
@@ -90,6 +93,8 @@ class Database(Protocol):
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None: ...
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None: ...
+    def frontier(self, column: Column) -> str | None: ...
+    def set_frontier(self, column: Column, key: str | None) -> None: ...
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None: ...
     def complete(
         self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
@@ -147,18 +152,24 @@ class Filler:
     limits: Limits
     batch: int
     progress: Callable[[Column, Totals], None]
+    frontier: str | None = None
 
     def run(self) -> None:
         """Suspects first, alone; then all that is pending, in key order; again for rows that were taken or changed."""
         self.database.recover(self.column)
         self.database.commit()
         self.fill_suspects()
+        known = self.frontier = self.again(partial(self.database.frontier, self.column))
+        if known is not None:
+            self.fill_once(known)
         for turn in range(PASSES):
             before = self.totals.embedded
             missed = self.fill_once()
             idle = turn > 0 and self.totals.embedded == before
             if not missed or idle or not self.limits.room(self.totals, 1):
                 break
+        if self.frontier != known:
+            self.again(partial(self.database.set_frontier, self.column, self.frontier))
         self.database.tidy(self.column)
         self.database.commit()
 
@@ -171,17 +182,28 @@ class Filler:
             after = suspect.keys[0]
             self.fill_batch(suspect, alone=True)
 
-    def fill_once(self) -> int:
-        """One pass from the first key to the last; how many rows it saw and left to others or to the next pass."""
-        after: str | None = None
-        missed = 0
+    def fill_once(self, after: str | None = None) -> int:
+        """One pass up to the last key; how many rows it saw and left to others or to the next pass.
+
+        Behind the last long stretch of rows that it could not embed, the next call begins; or where the limits ended
+        this one, if it knew of such a stretch: so calls that are always cut short come round to each row, too.
+        """
+        missed = barren = 0
+        start = frontier = after
         while room := self.limits.room(self.totals, self.batch):
             found = self.again(partial(self.database.candidates, self.column, after, room))
             if found is None:
-                break
+                self.frontier = frontier
+                return missed
             after = found.cursor
+            embedded = self.totals.embedded
             if found.keys:
                 missed += self.fill_batch(found, alone=False)
+            barren = 0 if self.totals.embedded > embedded else barren + found.passed
+            if barren >= BARREN:
+                frontier = after
+        if after != start and (frontier or self.frontier):
+            self.frontier = after
         return missed
 
     def fill_batch(self, found: Candidates, alone: bool) -> int:

@@ -518,13 +518,20 @@ class SessionDatabase:
             ["text", "jsonb", "int4"],
             [column.shape, after, wanted],
         )
-        return None if row is None else Candidates(row["keys"], row["locks"], row["cursor"], row["inflight"])
+        return None if row is None else Candidates(**row)
 
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None:
         row = self.row(
             "select * from autoembed.next_suspect($1::autoembed.shape, $2)", ["text", "jsonb"], [column.shape, after]
         )
-        return None if row is None else Candidates([row["key"]], row["locks"], row["key"], row["inflight"])
+        return None if row is None else Candidates([row["key"]], row["locks"], row["key"], 1, row["inflight"])
+
+    def frontier(self, column: Column) -> str | None:
+        key: str | None = self.value("select autoembed.frontier($1::autoembed.shape)", ["text"], [column.shape])
+        return key
+
+    def set_frontier(self, column: Column, key: str | None) -> None:
+        self.execute("select autoembed.set_frontier($1::autoembed.shape, $2)", ["text", "jsonb"], [column.shape, key])
 
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None:
         row = self.row(
