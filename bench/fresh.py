@@ -1,4 +1,4 @@
-"""What is measured in processes of its own: `python -m bench.fresh PROGRAM` reads arguments and prints figures, as JSON.
+"""What is measured in processes of its own: `python -m bench.fresh PROGRAM` takes arguments and prints figures as JSON.
 
 Nothing heavy is imported above the programs: a cold start counts it.
 """
