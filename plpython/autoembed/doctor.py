@@ -189,8 +189,8 @@ def _postgres(environ: Mapping[str, str]) -> list[Check]:
     folder = Path(ask("--sharedir") or "") / "extension"
     checks = [Check("PostgreSQL", OK, f"{version} ({program})")]
     checks += [_extension(folder, name, status, advice) for name, status, advice in EXTENSIONS]
-    site = Path(ask("--pkglibdir") or "") / "pg_autoembed" / __version__
-    return [*checks, _site(site)]
+    libraries = Path(ask("--pkglibdir") or "")
+    return [*checks, _site(libraries / "pg_autoembed" / __version__), _library(libraries), *_servers()]
 
 
 def _asker(program: str) -> Callable[[str], str | None]:
@@ -219,3 +219,53 @@ def _site(site: Path) -> Check:
     if site.is_dir():
         return Check("PostgreSQL", OK, f"Python packages for the server in {site}")
     return Check("PostgreSQL", WRONG, f"no Python packages for the server in {site}", "Run `make install`.")
+
+
+def _library(libraries: Path) -> Check:
+    if (libraries / "autoembed_preload.so").is_file():
+        return Check("PostgreSQL", OK, "library autoembed_preload, for shared_preload_libraries")
+    text = "library autoembed_preload is not installed: each session loads its own models"
+    return Check("PostgreSQL", WARNING, text, "Run `make install`.")
+
+
+def _servers(processes: Path = Path("/proc")) -> list[Check]:
+    """The servers of this machine that this command's user may look into: what they preload."""
+    found = []
+    for process in sorted(processes.glob("[0-9]*"), key=lambda process: int(process.name)):
+        try:
+            if _is_postmaster(process):
+                found.append(_server(process))
+        except OSError:
+            continue
+    return found
+
+
+def _is_postmaster(process: Path) -> bool:
+    if _program(process) != "postgres":
+        return False
+    parent = re.search(r"^PPid:\s*(\d+)$", (process / "status").read_text(encoding="utf-8"), re.MULTILINE)
+    return parent is not None and _program(process.parent / parent[1]) != "postgres"
+
+
+def _program(process: Path) -> str:
+    try:
+        return (process / "exe").readlink().name
+    except OSError:  # another user's
+        return ""
+
+
+def _server(process: Path) -> Check:
+    libraries = (process / "maps").read_text(encoding="utf-8")
+    threads = len(list((process / "task").iterdir()))
+    text = f"server in {(process / 'cwd').readlink()}"
+    if "/autoembed_preload.so" not in libraries:
+        return Check("PostgreSQL", INFO, f"{text}: preloads no models")
+    if "/libtorch" not in libraries:
+        advice = "Its log says why. EMBEDDING_PRELOAD in its environment names the models."
+        return Check("PostgreSQL", WARNING, f"{text}: has autoembed_preload, but no model is preloaded", advice)
+    if threads > 1:
+        advice = "Its sessions may hang when they embed: find the library that starts threads when it is loaded."
+        return Check(
+            "PostgreSQL", WARNING, f"{text}: preloads models, but its postmaster has {threads} threads", advice
+        )
+    return Check("PostgreSQL", OK, f"{text}: preloads models; the view embedding_settings says which")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from autoembed import cli, doctor
-from autoembed.doctor import OK, WARNING, WRONG, Check
+from autoembed.doctor import INFO, OK, WARNING, WRONG, Check
 from autoembed.settings import Settings
 
 
@@ -124,3 +124,32 @@ def test_the_commands_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         monkeypatch.setattr(doctor, "examine", lambda status=status: [Check("S", status, "text", "advice")])
         assert cli.main(["doctor"]) == code
         assert f"  {status:<8}text\n          -> advice" in capsys.readouterr().out
+
+
+def process(folder: Path, parent: int, program: str = "/usr/bin/postgres", maps: str = "", threads: int = 1) -> None:
+    """What /proc says of one."""
+    folder.mkdir(parents=True)
+    (folder / "exe").symlink_to(program)
+    (folder / "cwd").symlink_to("/data")
+    (folder / "status").write_text(f"Name:\tpostgres\nPPid:\t{parent}\n")
+    (folder / "maps").write_text(maps)
+    for thread in range(threads):
+        (folder / "task" / str(thread)).mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("libraries", "threads", "status", "words"),
+    [
+        ("", 1, INFO, "preloads no models"),
+        ("/lib/autoembed_preload.so", 1, WARNING, "no model is preloaded"),
+        ("/lib/autoembed_preload.so /lib/libtorch_cpu.so", 2, WARNING, "has 2 threads"),
+        ("/lib/autoembed_preload.so /lib/libtorch_cpu.so", 1, OK, "preloads models"),
+    ],
+)
+def test_what_a_running_server_preloads(tmp_path: Path, libraries: str, threads: int, status: str, words: str) -> None:
+    process(tmp_path / "1", 0, program="/sbin/init")
+    process(tmp_path / "7", 1, maps=libraries, threads=threads)
+    process(tmp_path / "8", 7)
+    (check,) = doctor._servers(tmp_path)
+    assert check.status == status
+    assert words in check.text
