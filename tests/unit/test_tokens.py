@@ -1,0 +1,107 @@
+"""Token ids and counts; transformers' tokenizer on the same folder is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+
+from autoembed import layout as layouts
+from autoembed import tokens
+from autoembed.settings import Settings
+from autoembed.tokens import TextTokenizer
+from unit import lively
+
+NAMES = ("all-MiniLM-L6-v2", "tiny-codebert", "tiny-bge-m3", "tiny-mpnet")
+LIMIT = 16
+
+Opened = Callable[[str], TextTokenizer]
+
+
+def open_one(shelf: Settings, name: str) -> TextTokenizer:
+    return TextTokenizer(layouts.tokenizer_file(layouts.inspect(shelf.model_dir / name, name)), LIMIT)
+
+
+@pytest.fixture(scope="module")
+def opened(shelf: Settings) -> Opened:
+    return cache(lambda name: open_one(shelf, name))
+
+
+@pytest.fixture(scope="module")
+def oracle(shelf: Settings) -> Callable[[str], Any]:
+    from transformers import AutoTokenizer
+
+    return cache(lambda name: AutoTokenizer.from_pretrained(shelf.model_dir / name, local_files_only=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_the_models_own_cut_to_the_limit(opened: Opened, oracle: Callable[[str], Any], name: str) -> None:
+    @given(lively.odd_texts(LIMIT))
+    @hypothesis_settings(max_examples=100)
+    def check(text: str) -> None:
+        (found,) = opened(name).tokenize([text])
+        assert found.content == oracle(name)(text, truncation=True, max_length=LIMIT)["input_ids"]
+        assert found.tokens == len(oracle(name)(text)["input_ids"])
+        assert found.length == len(found.content) <= LIMIT
+        assert found.truncated == (found.tokens > LIMIT)
+
+    check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokens_are_counted_over_pieces(
+    shelf: Settings, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Pieces end before white space, where words end as well."""
+    monkeypatch.setattr(tokens, "PIECE", 512)
+    monkeypatch.setattr(tokens, "PIECE_PER_TOKEN", 32)
+    text = "vacuum removes dead rows,\nand Straße and 漢字 " * 200
+    (found,) = open_one(shelf, name).tokenize([text])
+    expected = oracle(name)(text)["input_ids"]
+    assert found.tokens == len(expected)
+    assert found.content == oracle(name)(text, truncation=True, max_length=LIMIT)["input_ids"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_white_space_a_piece_is_some_tokens_off_at_most(
+    opened: Opened, oracle: Callable[[str], Any], name: str
+) -> None:
+    text = "vacuum.removes(dead,rows);" * 4000
+    (found,) = opened(name).tokenize([text])
+    pieces = len(text) // opened(name).piece + 1
+    assert pieces > 5
+    assert abs(found.tokens - len(oracle(name)(text)["input_ids"])) <= 12 * pieces
+    assert found.content == oracle(name)(text[:5000], truncation=True, max_length=LIMIT)["input_ids"]
+
+
+def test_pieces_lose_nothing(opened: Opened) -> None:
+    one = opened("tiny-mpnet")
+    for text in ("", "a", "word " * 20_000, "x" * 50_000, "x" * one.piece, "x" * (one.piece + 1), " " * 40_000):
+        pieces = list(one._pieces(text))
+        assert "".join(pieces) == text
+        assert pieces == [""] if not text else all(0 < len(piece) <= one.piece for piece in pieces)
+
+
+def test_prompts_are_counted(opened: Opened) -> None:
+    bare, prompted = (opened("all-MiniLM-L6-v2").tokenize(["vacuum"], prompt)[0] for prompt in ("", "query: "))
+    assert (bare.tokens, prompted.tokens) == (3, 5)
+    assert prompted.content[3:] == bare.content[1:]
+
+
+def test_each_text_keeps_its_place_beside_a_long_one(opened: Opened) -> None:
+    one = opened("all-MiniLM-L6-v2")
+    texts = ["vacuum", "word " * 30_000, "dead rows"]
+    together, alone = one.tokenize(texts), [one.tokenize([text])[0] for text in texts]
+    assert together == alone
+    assert together[1].tokens == 30_002
+
+
+def test_an_unreadable_tokenizer_is_named_without_its_content(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read"):
+        TextTokenizer(tmp_path / "tokenizer.json", LIMIT)
