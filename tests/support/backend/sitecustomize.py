@@ -35,5 +35,7 @@ if measuring is not None:
     at_exit = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)(save)
     at_fork = ctypes.CFUNCTYPE(None)(lambda: libc.on_exit(at_exit, None))
     libc.on_exit(at_exit, None)
+    # Run by its path, this module goes, and would take with it what libc calls.
+    sys.modules["autoembed coverage"] = (at_exit, at_fork)  # type: ignore[assignment]
     # Where the postmaster has started Python, what it registers after this ends its children first: they register anew.
     getattr(libc, "__register_atfork")(None, None, at_fork, None)
