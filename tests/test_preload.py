@@ -42,6 +42,12 @@ torch.mm(torch.rand(1024, 1024), torch.rand(1024, 1024))
 return len(os.listdir("/proc/self/task"))
 $$
 """
+THREADS = """
+create or replace function pg_temp.threads() returns int language plpython3u as $$
+import torch
+return torch.get_num_threads()
+$$
+"""
 EXIT = "do language plpython3u 'import ctypes; ctypes.CDLL(None).exit(0)'"
 
 
@@ -148,6 +154,12 @@ def test_threads_start_after_the_fork(preloading: Server) -> None:
         os.kill(connection.info.backend_pid, 9)
     assert found == [2]
     connection.close()
+
+
+def test_session_encodes_with_its_own_threads(session: Connection) -> None:
+    vector(session, "Vacuum gives back the room that dead rows take. " * 30)
+    session.execute(THREADS)
+    assert scalar(session, "select pg_temp.threads()") == 2
 
 
 def test_closing_keeps_the_weights(session: Connection) -> None:
