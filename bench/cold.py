@@ -127,12 +127,11 @@ def measure(server: Server, sessions: int) -> dict[str, Any]:
 def preloaded(server: Server, name: str, sessions: int) -> dict[str, float]:
     with server.connect() as connection:
         weights = value(connection, "select bytes from embedding_models where name = %s", name) / MEGABYTE
-        for _ in range(QUERIES):
-            took = seconds(lambda: run(connection, "select embed(%s, %s)", QUERY, name)) * 1000
+        took = [seconds(lambda: run(connection, "select embed(%s, %s)", QUERY, name)) for _ in range(QUERIES)]
         private = memory(connection.info.backend_pid, "Private")
     return {
         "first": median(first(server, name) for _ in range(sessions)),
-        "query": took,
+        "query": median(took) * 1000,
         "private": private,
         "together": together(server, name),
         "weights": weights,
