@@ -80,7 +80,12 @@ declare
     cron_database text := autoembed.cron_setting('database_name');
 begin
     if autoembed.has_cron() then
-        return query execute query;
+        begin
+            return query execute query;
+        exception when invalid_parameter_value then
+            raise exception using errcode = 'invalid_parameter_value', message = sqlerrm,
+                hint = 'As ''10 seconds'' (1 to 59), as cron writes it (''*/5 * * * *''), or ''worker'' for a worker that stays on.';
+        end;
     elsif cron_database is null then
         raise exception using errcode = 'feature_not_supported', message = 'pg_cron is not loaded in this server',
             hint = format('Install it (Debian: postgresql-%s-cron), add pg_cron to shared_preload_libraries, set cron.database_name and restart; '
@@ -192,11 +197,11 @@ begin
             raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail', role), hint = format('ALTER ROLE %I LOGIN', role);
             continue;
         end if;
-        perform autoembed.ask_cron(autoembed.unschedule_query(role, workers));
         for n in 1 .. workers loop
             job := autoembed.ask_cron(autoembed.schedule_query(n, job_schedule, command, role));
             return next;
         end loop;
+        perform autoembed.ask_cron(autoembed.unschedule_query(role, workers));
     end loop;
 end
 $$;
