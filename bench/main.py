@@ -27,8 +27,8 @@ def arguments() -> argparse.Namespace:
         prog="bench/run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; all unless named")
-    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="of pipeline and recall (%(default)s)")
-    parser.add_argument("--rows", type=int, default=1024, help="pipeline: how many chunks (%(default)s)")
+    parser.add_argument("--model", default="all-MiniLM-L6-v2", help="writes, scale, freshness (%(default)s)")
+    parser.add_argument("--rows", type=int, default=128, help="pipeline: rows for the large model (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="encoder, pipeline: rounds (%(default)s)")
     parser.add_argument("--copy-rows", type=int, default=100_000, help="writes: rows of the COPY (%(default)s)")
     parser.add_argument("--update-rows", type=int, default=20_000, help="writes: rows of an UPDATE (%(default)s)")

@@ -8,8 +8,9 @@ import psycopg
 from demo.chunker import Topic, topics
 
 from bench.corpus import corpus, create, fill
-from bench.database import SCHEMA, BenchError, connect, model_dimensions, quoted, run, seconds, settle, value, versions
-from bench.pipeline import declare
+from bench.database import BenchError, model_dimensions, quoted, run, seconds, settle, value, versions
+from bench.encoder import MINILM, folder_and_precision, registered_name
+from bench.pipeline import declare, own_server
 from bench.report import Table, machine
 
 K = 10
@@ -37,32 +38,38 @@ class Found:
 
 
 def recall(options: Namespace) -> Table:
-    with connect() as connection:
-        name = embedded_corpus(connection, options.model)
-        every = topics(corpus())
-        asked = every if options.topics >= len(every) else every[:: len(every) // options.topics]
-        names: dict[int, str] = dict(run(connection, f"select id, chunk_hash from {name}").fetchall())
-        before = index_scans(connection, name)
-        found = {INDEXED: search(connection, name, asked, names)}
-        if index_scans(connection, name) - before < len(asked):
-            raise BenchError("the search did not use the HNSW index")
-        run(connection, "set enable_indexscan = off")
-        found[EXACT] = search(connection, name, asked, names)
-        return table(found, asked, len(names), f"{options.model}; {versions(connection)}")
+    """Each precision on the same corpus, on a server of the benchmark's own."""
+    every = topics(corpus())
+    asked = every if options.topics >= len(every) else every[:: len(every) // options.topics]
+    refused = {precision: folder_and_precision(MINILM, precision) for precision in options.precision}
+    found: dict[str, dict[str, Found]] = {}
+    with own_server() as server, server.connect() as connection:
+        for precision in (precision for precision, why in refused.items() if not why):
+            found[precision] = measure(connection, registered_name(MINILM, precision), asked)
+        about = [f"{precision}: not measured, {why}" for precision, why in refused.items() if why]
+        return table(found, asked, [*about, MINILM.published, versions(connection)])
+
+
+def measure(connection: psycopg.Connection, model: str, asked: Sequence[Topic]) -> dict[str, Found]:
+    name = embedded_corpus(connection, model)
+    names: dict[int, str] = dict(run(connection, f"select id, chunk_hash from {name}").fetchall())
+    before = index_scans(connection, name)
+    found = {INDEXED: search(connection, name, asked, names)}
+    if index_scans(connection, name) - before < len(asked):
+        raise BenchError("the search did not use the HNSW index")
+    run(connection, "set enable_indexscan = off")
+    found[EXACT] = search(connection, name, asked, names)
+    run(connection, "reset enable_indexscan")
+    return found
 
 
 def embedded_corpus(connection: psycopg.Connection, model: str) -> str:
-    """The whole corpus, embedded: the demo's table or our own, as long as chunks and model are the same."""
-    own = f"{SCHEMA}.corpus"
-    name = next((table for table in ("knowledge_base", own) if is_current(connection, table, model)), None)
-    if not name:
-        name = create(connection, "corpus", model_dimensions(connection, model))
-        fill(connection, name, list(corpus()))
-        declare(connection, name, model)
+    name = create(connection, "corpus", model_dimensions(connection, model))
+    fill(connection, name, list(corpus()))
+    declare(connection, name, model)
     run(connection, f"call embed_pending(32, '{name}')")
     if left := value(connection, f"select count(*) from {name} where embedding is null"):
         raise BenchError(f"{left} chunks have no vector: see embedding_failures")
-    run(connection, f"select embed_index('{name}')")
     settle(connection, name)
     return name
 
@@ -71,19 +78,6 @@ def index_scans(connection: psycopg.Connection, name: str) -> int:
     query = "select sum(idx_scan) from pg_stat_user_indexes where relid = %s::regclass and indexrelname like %s"
     run(connection, "select pg_stat_force_next_flush()")
     return int(value(connection, query, name, "%\\_hnsw") or 0)
-
-
-def is_current(connection: psycopg.Connection, name: str, model: str) -> bool:
-    if not value(connection, "select to_regclass(%s) is not null", name):
-        return False
-    declared = value(
-        connection,
-        "select model = %s and status = 'ready' from embedding_columns where relation = %s::regclass",
-        model,
-        name,
-    )
-    there = {row[0] for row in run(connection, f"select chunk_hash from {name}")}
-    return bool(declared) and there == {chunk.chunk_hash for chunk in corpus()}
 
 
 def search(connection: psycopg.Connection, name: str, asked: Sequence[Topic], names: dict[int, str]) -> Found:
@@ -98,20 +92,21 @@ def search(connection: psycopg.Connection, name: str, asked: Sequence[Topic], na
     return Found(hashes, took)
 
 
-def table(found: dict[str, Found], asked: Sequence[Topic], chunks: int, about: str) -> Table:
-    same = sum(len(set(a) & set(b)) for a, b in zip(found[INDEXED].hashes, found[EXACT].hashes, strict=True))
-    overlap = same / sum(len(hit) for hit in found[EXACT].hashes)
+def table(found: dict[str, dict[str, Found]], asked: Sequence[Topic], about: Sequence[str]) -> Table:
     figures = {
-        name: {
+        f"{search}, {precision}": {
             "recall_at_1": hits.recall(asked, 1),
             "recall_at_10": hits.recall(asked, K),
             "mrr_at_10": hits.reciprocal_rank(asked),
             "ms_per_search": 1000 * hits.seconds / len(asked),
         }
-        for name, hits in found.items()
+        for precision, both in found.items()
+        for search, hits in both.items()
     }
+    overlaps = ", ".join(f"{precision} {overlap(both):.1%}" for precision, both in found.items())
+    recalls = {precision: round(both[EXACT].recall(asked, K), 4) for precision, both in found.items()}
     return Table(
-        title=f"Finding a section of the PostgreSQL manual by its title: {len(asked)} sections, {chunks} chunks",
+        title=f"Finding a section of the PostgreSQL manual by its title: {len(asked)} sections, {len(corpus())} chunks",
         columns=("search", "recall@1", "recall@10", "MRR@10", "ms a search"),
         rows=tuple(
             (
@@ -125,9 +120,15 @@ def table(found: dict[str, Found], asked: Sequence[Topic], chunks: int, about: s
         ),
         notes=(
             "found: a chunk of the section itself; one of a section inside or beside it does not count",
-            f"of the ten nearest chunks the index finds {overlap:.1%}",
-            about,
+            f"of the ten nearest chunks the index finds: {overlaps}",
+            *about,
             machine(),
         ),
-        figures=figures | {"sections": len(asked), "chunks": chunks, "index_overlap": overlap},
+        figures=figures | {"sections": len(asked), "chunks": len(corpus())},
+        published={"recall_at_10": recalls},
     )
+
+
+def overlap(both: dict[str, Found]) -> float:
+    same = sum(len(set(a) & set(b)) for a, b in zip(both[INDEXED].hashes, both[EXACT].hashes, strict=True))
+    return same / sum(len(hit) for hit in both[EXACT].hashes)
