@@ -14,7 +14,7 @@ from typing import Protocol
 from autoembed.errors import AutoembedError
 from autoembed.fill import TRY_AGAIN, Column, Limits, Totals
 
-SLICE = 0.1
+SLICE = 0.05
 SHORTEST, LONGEST = 0.02, 0.4
 """Between two looks. The interval doubles while nothing is pending; half of the longest is a new row's usual delay."""
 TURN = 5
