@@ -148,6 +148,7 @@ language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
 declare
+    careful pg_catalog.bool;
     held pg_catalog.jsonb[];
     scan pg_catalog.int4 := wanted;
 begin
@@ -155,26 +156,30 @@ begin
     if s.relation is null or not s.enabled then
         return;
     end if;
-    if autoembed.holds_back(s.registration) then
-        scan := greatest(wanted, 1024);
-    end if;
-    execute pg_catalog.format(
-        'select pg_catalog.array_agg(c.key order by c.n)
-         from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s order by %s limit $2) c',
-        s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering)
-    into keys using after, scan;
-    if keys is null then
-        return;
-    end if;
-    passed := pg_catalog.cardinality(keys);
-    cursor := keys[passed];
-    if scan operator(pg_catalog.>) wanted then
-        held := autoembed.held_back(s, keys);
-        keys := autoembed.first_of(keys, held, wanted);
-        if pg_catalog.cardinality(keys) operator(pg_catalog.=) wanted then
-            cursor := keys[wanted];
+    careful := autoembed.holds_back(s.registration);
+    loop
+        execute pg_catalog.format(
+            'select pg_catalog.array_agg(c.key order by c.n)
+             from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s order by %s limit $2) c',
+            s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering)
+        into keys using after, scan;
+        if keys is null then
+            return;
         end if;
-    end if;
+        passed := pg_catalog.cardinality(keys);
+        cursor := keys[passed];
+        exit when not careful;
+        held := autoembed.held_back(s, keys);
+        exit when pg_catalog.cardinality(held) operator(pg_catalog.=) 0;
+        if scan operator(pg_catalog.>=) 1024 then
+            keys := autoembed.first_of(keys, held, wanted);
+            if pg_catalog.cardinality(keys) operator(pg_catalog.=) wanted then
+                cursor := keys[wanted];
+            end if;
+            exit;
+        end if;
+        scan := 1024;  -- among rows in back-off, look further
+    end loop;
     inflight := pg_catalog.nextval('autoembed.inflight_id_seq');
     locks := autoembed.locks_of(s, inflight, keys);
     return next;

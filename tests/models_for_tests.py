@@ -196,6 +196,29 @@ def zero_for(word: str, directory: Path, name: str = "zero-for-a-word") -> Path:
     return folder
 
 
+def memory_hungry(directory: Path, name: str = "memory-hungry") -> Path:
+    """A small BERT that needs 64 kB for each token in flight, and takes texts of 4096 tokens; 64 dimensions."""
+    from transformers import BertConfig, BertModel
+
+    folder = directory / name
+    folder.mkdir(parents=True)
+    for file in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(packaged_minilm() / file, folder / file)
+    config = BertConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=16_384,
+        max_position_embeddings=4_096,
+        architectures=["BertModel"],
+    )
+    _seeded(BertModel, config).save_pretrained(folder)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 4_096, "do_lower_case": False})
+    write_modules(folder, [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")])
+    write_pooling(folder, 64, "mean")
+    return folder
+
+
 def wrong_dimension(directory: Path, name: str = "wrong-dimension") -> Path:
     """MiniLM that claims 512 dimensions and gives 384: `model add` refuses it."""
     folder = minilm(directory, name)

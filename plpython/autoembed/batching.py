@@ -167,6 +167,7 @@ class _Batch:
     ) -> Iterator[dict[int, T]]:
         """Work on all, or on halves of what fails; a text that fails alone gets its failure."""
         stack = [indexes] if indexes else []
+        rested: set[int] = set()
         while stack:
             part = stack.pop()
             self.checkpoint()
@@ -182,6 +183,10 @@ class _Batch:
             if _is_out_of_memory(failed):
                 self.encoder.rest()
                 self.pace.ran_out_of_memory(self._cost(part))
+                if len(part) == 1 and part[0] not in rested:  # what earlier ones had left allocated is free now
+                    rested.add(part[0])
+                    stack.append(part)
+                    continue
             if len(part) == 1:
                 self.outcomes[part[0]] = self._failure(failed)
             else:
