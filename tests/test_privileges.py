@@ -31,6 +31,15 @@ DECLARING = {
     "embed_retry(regclass)",
 }
 FILLING = {"embed_pending(integer,regclass,bigint,integer,bigint,bigint,bigint)"}
+# Granted by nobody's recipe: whoever wants them grants them.
+OPERATING = {
+    "embed_worker(integer,integer,integer,bigint,bigint,bigint)",
+    "embed_wait(regclass,interval)",
+    "embed_schedule(text,integer,integer)",
+    "embed_unschedule()",
+    "embed_load(text)",
+    "embed_unload()",
+}
 MAY = {
     "nobody": set[str](),
     "searcher": ENCODING,
@@ -73,7 +82,7 @@ def may(connection: Connection, role: str, function: str) -> bool:
 def test_functions_of_the_interface(cast: Connection, role: str) -> None:
     functions = column(cast, INTERFACE + "<> 'autoembed'::regnamespace")
     assert {f for f in functions if may(cast, role, f)} == MAY[role]
-    assert set(functions) == ENCODING | DECLARING | FILLING
+    assert set(functions) == ENCODING | DECLARING | FILLING | OPERATING
 
 
 def test_inner_functions_run_no_model(warm: Connection, warm_role: Callable[..., str]) -> None:
@@ -89,6 +98,7 @@ def test_inner_functions_run_no_model(warm: Connection, warm_role: Callable[...,
         "autoembed.model(text)",
         "autoembed.models()",
         "autoembed.settings()",
+        "autoembed.sessions()",
         "autoembed.embed_rows()",
     }
 

@@ -1,0 +1,252 @@
+"""embed_schedule and embed_unschedule with the real pg_cron: whose jobs, which commands, and that they fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from support.rig import make_rig
+from support.rigging import Rig, rows, scalar
+from support.server import Connection, Server, pg_config, wait_until
+from support.talk import notices
+
+pytest_plugins = ["support.rig"]
+
+CRON = {"shared_preload_libraries": "pg_cron", "cron.database_name": "autoembed", "cron.use_background_workers": "on"}
+TABLE = "create table {} (id int primary key, content text, embedding vector(384))"
+JOBS = "select username, schedule, command from cron.job order by jobid"
+WORKER = (
+    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, embedded => 0, failed => 0, skipped => 0)"
+)
+HOSTILE = "create procedure {}.embed_pending(batch int) language sql as 'select 1/0'"
+FUNCTIONS = "function embed_schedule, function embed_unschedule, procedure embed_pending, procedure embed_worker"
+
+
+def has_pg_cron() -> bool:
+    return (pg_config("--sharedir") / "extension" / "pg_cron.control").exists()
+
+
+@pytest.fixture(scope="module")
+def cron_rig(backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    assert has_pg_cron(), "pg_cron is not installed: `make dev` gets Debian's"
+    rig = make_rig(tmp_path_factory.mktemp("rigs") / "cron", backend_coverage, {**CRON, "max_worker_processes": 20})
+    with rig.server.connect() as connection:
+        connection.execute("create extension pg_cron")
+    yield rig
+    rig.server.destroy()
+
+
+@pytest.fixture
+def db(cron_rig: Rig) -> Iterator[Connection]:
+    """In pg_cron's database; no jobs, tables and roles are left behind."""
+    with cron_rig.server.connect() as connection:
+        yield connection
+        connection.execute("reset all")
+        connection.execute("select embed_unschedule()")
+        connection.execute("select cron.unschedule(jobid) from cron.job")
+        for table in ("docs", "hers", "his"):
+            connection.execute(f"drop table if exists {table}".encode())
+        for role in ("alice", "bob", "nobody", "nologin"):
+            if scalar(connection, "select count(*) from pg_roles where rolname = %s", role):
+                connection.execute(f"drop owned by {role} cascade; drop role {role}".encode())
+
+
+@pytest.fixture
+def server(cron_rig: Rig) -> Server:
+    return cron_rig.server
+
+
+def make_role(db: Connection, name: str, options: str = "login") -> None:
+    db.execute(f"create role {name} {options}".encode())
+    db.execute(f"grant usage on schema cron to {name}; grant all on schema public to {name}".encode())
+    for function in FUNCTIONS.split(", "):
+        db.execute(f"grant execute on {function} to {name}".encode())
+    db.execute(f"grant execute on function embed_column(regclass, name, name, text, text, boolean) to {name}".encode())
+
+
+def make_table(connection: Connection, name: str) -> None:
+    connection.execute(TABLE.format(name).encode())
+    connection.execute(f"select embed_column('{name}', 'content'::name)".encode())
+
+
+def refused(connection: Connection, statement: str) -> psycopg.Error:
+    with pytest.raises(psycopg.Error) as caught:
+        connection.execute(statement.encode())
+    return caught.value
+
+
+# --- which jobs ----------------------------------------------------------------------------------------------------
+
+
+def test_seconds_become_a_worker_where_pg_cron_has_no_seconds(db: Connection) -> None:
+    db.execute("select embed_schedule('10 seconds')")
+    natively = scalar(
+        db, "select string_to_array(extversion, '.')::text[] >= '{1,5}' from pg_extension where extname = 'pg_cron'"
+    )
+    expected = ("10 seconds", "call autoembed.tick(batch => 32)") if natively else ("* * * * *", WORKER)
+    assert rows(db, JOBS) == [("postgres", *expected)]
+
+
+def test_seconds_of_a_newer_pg_cron(db: Connection) -> None:
+    """As far as the jobs go: what is scheduled is decided by the extension's version."""
+    db.execute("begin; update pg_extension set extversion = '1.6' where extname = 'pg_cron'")
+    assert rows(db, "select autoembed.job_schedule('10 seconds'), autoembed.job_command('10 seconds', 8, 1)") == [
+        ("10 seconds", "call autoembed.tick(batch => 8)")
+    ]
+    assert scalar(db, "select autoembed.job_command('worker', 32, 1)") == WORKER
+    db.execute("rollback")
+
+
+def test_cron_text_and_word(db: Connection) -> None:
+    db.execute("select embed_schedule('*/5 * * * *', batch => 8)")
+    assert rows(db, JOBS) == [("postgres", "*/5 * * * *", "call autoembed.tick(batch => 8)")]
+    db.execute("select embed_schedule('worker')")
+    assert rows(db, JOBS) == [("postgres", "* * * * *", WORKER)]
+
+
+def test_idempotent_and_resized(db: Connection) -> None:
+    for workers, jobs in ((1, 1), (1, 1), (3, 3), (2, 2)):
+        assert len(rows(db, "select * from embed_schedule('worker', workers => %s)", workers)) == jobs
+        assert scalar(db, "select count(*) from cron.job") == jobs
+    assert scalar(db, "select bool_and(command ~ 'workers => 2') from cron.job")
+    db.execute("select cron.schedule('mine', '0 0 * * *', 'select 1')")
+    assert scalar(db, "select embed_unschedule()") == 2
+    assert rows(db, "select jobname from cron.job") == [("mine",)]
+    assert scalar(db, "select embed_unschedule()") == 0
+
+
+def test_each_owner_has_his_job(db: Connection, server: Server) -> None:
+    make_role(db, "alice")
+    make_role(db, "bob")
+    make_role(db, "nologin", "nologin")
+    for name, table in (("alice", "hers"), ("bob", "his"), ("nologin", "docs")):
+        make_table(db, table)
+        db.execute(f"alter table {table} owner to {name}".encode())
+    with server.connect(role="alice") as alice:
+        alice.execute("select embed_schedule('worker')")
+        assert [row[0] for row in rows(alice, JOBS)] == ["alice"]
+    with notices(db) as heard:
+        db.execute("select embed_schedule('worker')")
+    assert sorted(row[0] for row in rows(db, JOBS)) == ["alice", "bob"]
+    assert [n.message for n in heard if "nologin" in str(n.message)] != []
+    with server.connect(role="alice") as alice:
+        assert scalar(alice, "select embed_unschedule()") == 1
+    assert [row[0] for row in rows(db, JOBS)] == ["bob"]
+    assert scalar(db, "select embed_unschedule()") == 1
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["61 seconds", "0 seconds", "now and then", "x'; select 1", ""])
+def test_invalid_schedules(db: Connection, schedule: str) -> None:
+    error = refused(db, "select embed_schedule($$" + schedule + "$$)")
+    assert error.sqlstate == "22023"
+    assert "10 seconds" in str(error.diag.message_hint)
+    assert rows(db, JOBS) == []
+
+
+@pytest.mark.parametrize("arguments", ["batch => 0", "batch => null", "workers => 0", "workers => 100"])
+def test_invalid_arguments(db: Connection, arguments: str) -> None:
+    assert refused(db, f"select embed_schedule('worker', {arguments})").sqlstate == "22023"
+
+
+def test_without_the_right_to_pg_cron(db: Connection, server: Server) -> None:
+    make_role(db, "nobody")
+    db.execute("revoke usage on schema cron from nobody")
+    with server.connect(role="nobody") as nobody:
+        error = refused(nobody, "select embed_schedule()")
+    assert error.sqlstate == "42501"
+    assert "GRANT USAGE ON SCHEMA cron TO nobody" in str(error.diag.message_hint)
+
+
+def test_in_another_database(db: Connection, server: Server) -> None:
+    """Over dblink, where the caller may; else the very statement to be run in pg_cron's database."""
+    db.execute("create database elsewhere")
+    try:
+        with server.connect("elsewhere") as elsewhere:
+            elsewhere.execute("create extension pg_autoembed cascade")
+            error = refused(elsewhere, "select embed_schedule()")
+            assert error.sqlstate == "55000"
+            hint = str(error.diag.message_hint)
+            statement = hint[hint.index("select cron.") :]
+            elsewhere.execute("create extension dblink")
+            elsewhere.execute("select embed_schedule('worker')")
+            assert rows(db, "select username, database from cron.job") == [("postgres", "elsewhere")]
+            assert scalar(elsewhere, "select embed_unschedule()") == 1
+        db.execute(statement.encode())
+    finally:
+        db.execute("drop database elsewhere with (force)")
+
+
+def test_without_pg_cron(own_rig: Callable[..., Rig]) -> None:
+    rig = own_rig()
+    with rig.server.connect() as db:
+        for statement in ("select embed_schedule()", "select embed_unschedule()"):
+            error = refused(db, statement)
+            assert error.sqlstate == "0A000"
+            assert "shared_preload_libraries" in str(error.diag.message_hint)
+    rig.server.stop()
+    rig.server.settings |= CRON | {"cron.use_background_workers": "off"}
+    rig.server.start()
+    with rig.server.connect() as db:
+        assert refused(db, "select embed_schedule()").sqlstate == "42704"
+        db.execute("create extension pg_cron")
+        with notices(db) as heard:
+            db.execute("select embed_schedule()")
+        assert [n.severity for n in heard] == ["WARNING"]
+        assert "cron.use_background_workers" in str(heard[0].hint)
+
+
+# --- what a job does -----------------------------------------------------------------------------------------------
+
+
+def test_a_tick_fills_and_an_idle_one_starts_no_python(db: Connection, server: Server) -> None:
+    make_table(db, "docs")
+    db.execute("create schema if not exists hostile")
+    db.execute("drop procedure if exists hostile.embed_pending")
+    db.execute(HOSTILE.format("hostile").encode())
+    with server.connect() as job:
+        job.execute("set search_path = hostile, public")
+        job.execute("call autoembed.tick(batch => 32)")
+        maps = f"select pg_read_file('/proc/{job.info.backend_pid}/maps') ~ 'plpython3'"
+        assert scalar(job, maps) is False
+        job.execute("insert into docs values (1, 'a text')")
+        with pytest.raises(errors.DivisionByZero):
+            job.execute("call embed_pending(32)")
+        job.execute("call autoembed.tick(batch => 32)")
+        assert scalar(job, "select count(embedding) from docs") == 1
+        assert scalar(job, maps) is True
+
+
+@pytest.mark.slow
+def test_jobs_fill_by_themselves_and_come_back(db: Connection, server: Server) -> None:
+    """Both styles, as their owners, with a hostile procedure in their way; and after a worker was killed."""
+    make_role(db, "alice")
+    make_role(db, "bob")
+    db.execute("create schema authorization alice")
+    for name, table in (("alice", "hers"), ("bob", "his")):
+        make_table(db, table)
+        db.execute(f"alter table {table} owner to {name}".encode())
+        db.execute(f"insert into {table} values (1, 'a text')".encode())
+    db.execute(HOSTILE.format("alice").encode())
+    with server.connect(role="alice") as alice, server.connect(role="bob") as bob:
+        alice.execute("select embed_schedule('* * * * *')")
+        bob.execute("select embed_schedule('10 seconds')")
+    wait_until(lambda: scalar(db, "select count(h.embedding) + count(i.embedding) from hers h, his i") == 2, timeout=75)
+    workers = (
+        "select pid from pg_stat_activity where query like 'call public.embed_worker%' and pid <> pg_backend_pid()"
+    )
+    worker = scalar(db, workers)
+    db.execute("insert into his values (2, 'while it waits')")
+    wait_until(lambda: scalar(db, "select count(embedding) from his") == 2, timeout=5)
+    db.execute("select pg_terminate_backend(%s)", [worker])
+    db.execute("insert into his values (3, 'after the kill'); insert into hers values (2, 'for the next tick')")
+    wait_until(lambda: scalar(db, "select count(embedding) from his") == 3, timeout=70)
+    wait_until(lambda: scalar(db, "select count(embedding) from hers") == 2, timeout=70)
+    failed = "select command, return_message from cron.job_run_details where status = 'failed' and job_pid <> %s"
+    assert rows(db, failed, worker) == []
+    db.execute("drop schema alice cascade")

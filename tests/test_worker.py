@@ -1,0 +1,338 @@
+"""embed_worker: what it fills by itself, how it sleeps, how it ends; embed_wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from psycopg import errors, sql
+
+from support.rigging import Rig, add_stub, leftovers, pending, rows, scalar
+from support.server import Connection, Server, wait_until
+from support.talk import notices
+
+pytest_plugins = ["support.rig"]
+
+Knowledge = Callable[..., str]
+Connect = Callable[..., Connection]
+ASLEEP = "select backend_xmin is null and backend_xid is null from pg_stat_activity where pid = %s"
+PLACES = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
+
+
+@pytest.fixture
+def server(rig: Rig) -> Server:
+    return rig.server
+
+
+class Working:
+    """embed_worker in a thread of its own."""
+
+    def __init__(self, connection: Connection, **options: object) -> None:
+        self.connection = connection
+        self.pid = connection.info.backend_pid
+        self.error: Exception | None = None
+        arguments = sql.SQL(", ").join(sql.SQL("{} => {}").format(sql.Identifier(k), v) for k, v in options.items())
+        self.call = sql.SQL("call embed_worker({})").format(arguments)
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.connection.execute(self.call)
+        except psycopg.Error as error:
+            self.error = error
+
+    @property
+    def done(self) -> bool:
+        return not self.thread.is_alive()
+
+    def seconds_until_done(self) -> float:
+        started = time.monotonic()
+        self.thread.join(timeout=30)
+        assert self.done
+        return time.monotonic() - started
+
+
+@contextmanager
+def working(db: Connection, connection: Connection, **options: object) -> Iterator[Working]:
+    """While the block runs, a worker is at its place."""
+    worker = Working(connection, **options)
+    wait_until(lambda: worker.done or scalar(db, PLACES, worker.pid))
+    try:
+        yield worker
+    finally:
+        if not worker.done:
+            db.execute("select pg_terminate_backend(%s)", [worker.pid])
+        worker.thread.join(timeout=30)
+
+
+def wait_for(db: Connection, relation: str = "knowledge", timeout: str = "20 s") -> None:
+    db.execute("call embed_wait(%s::regclass, %s)", [relation, timeout])
+
+
+# --- what it notices -----------------------------------------------------------------------------------------------
+
+
+def test_fills_what_is_there_and_what_comes(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(20)
+    with working(db, connect()):
+        wait_for(db)
+        assert pending(db) == 0
+        for _ in range(3):
+            time.sleep(0.3)
+            started = time.monotonic()
+            db.execute("insert into knowledge (content) values ('one more')")
+            wait_for(db)
+            assert pending(db) == 0
+            assert time.monotonic() - started < 1.5
+        db.execute("update knowledge set content = 'another text' where id = 1")
+        wait_for(db)
+        assert pending(db) == 0
+
+
+def test_notices_declarations_pauses_and_drops(
+    db: Connection, connect: Connect, knowledge: Knowledge, declared: Knowledge
+) -> None:
+    knowledge(2, relation="late")
+    knowledge(2, relation="gone")
+    declared(2)
+    with working(db, connect()) as worker:
+        wait_for(db)
+        db.execute("select embed_column('late', 'content'::name), embed_column('gone', 'content'::name)")
+        wait_for(db, "late")
+        wait_for(db, "gone")
+        db.execute("select embed_column_set('late', 'embedding', enabled => false)")
+        db.execute("insert into late (content) values ('while paused')")
+        db.execute("alter table gone drop column embedding")
+        db.execute("drop table knowledge")
+        time.sleep(1)
+        assert pending(db, "late") == 1
+        db.execute("select embed_column_set('late', 'embedding', enabled => true)")
+        wait_for(db, "late")
+        assert not worker.done
+
+
+def test_one_broken_model_keeps_no_other_column_waiting(
+    db: Connection, connect: Connect, knowledge: Knowledge, rig: Rig
+) -> None:
+    folder = add_stub(rig.models, "stub-fading")
+    knowledge(2, relation="fading")
+    knowledge(2)
+    db.execute("select embed_column('fading', 'content'::name, model => 'stub-fading')")
+    db.execute("select embed_column('knowledge', 'content'::name)")
+    (folder / "model.safetensors").write_text("other weights")
+    connection = connect()
+    with notices(connection) as heard, working(db, connection) as worker:
+        wait_for(db)
+        time.sleep(1)
+        assert not worker.done
+        assert pending(db, "fading") == 2
+    assert [n.severity for n in heard if "fading" in str(n.message)] == ["WARNING"]
+
+
+def test_failing_rows_do_not_keep_it_busy(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:
+    declared(0, texts=["a raiseword text", "a fine text"])
+    with working(db, connect()) as worker:
+        wait_until(lambda: pending(db) == 1)
+        time.sleep(0.3)
+        before, encoded = cpu_seconds(worker.pid), len(rig.encodings())
+        time.sleep(2)
+        assert len(rig.encodings()) == encoded
+        assert cpu_seconds(worker.pid) - before < 0.6
+        db.execute("insert into knowledge (content) values ('behind a failing row')")
+        wait_until(lambda: pending(db) == 1, timeout=3)
+
+
+# --- how it sleeps -------------------------------------------------------------------------------------------------
+
+
+def cpu_seconds(pid: int) -> float:
+    with open(f"/proc/{pid}/schedstat") as file:  # noqa: PTH123
+        return int(file.read().split()[0]) / 1e9
+
+
+def test_asleep_it_holds_nothing(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    """Of many looks at it hardly any meets it in a transaction, and vacuum removes what was deleted meanwhile."""
+    declared(5)
+    with working(db, connect()) as worker:
+        wait_for(db)
+        time.sleep(1)
+        looks = [scalar(db, ASLEEP, worker.pid) for _ in range(50) if not time.sleep(0.01)]  # type: ignore[func-returns-value]
+        assert looks.count(True) >= 40
+        assert rows(db, "select mode from pg_locks where locktype = 'relation' and pid = %s", worker.pid) == []
+        db.execute("delete from knowledge")
+        with notices(db) as heard:
+            db.execute("vacuum verbose knowledge")
+        assert (
+            "5 removed" in " ".join(str(n.message) for n in heard)
+            or scalar(db, "select pg_relation_size('knowledge')") == 0
+        )
+
+
+def test_asleep_it_costs_little(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(5)
+    with working(db, connect()) as worker:
+        wait_for(db)
+        time.sleep(1)
+        before = cpu_seconds(worker.pid)
+        time.sleep(2)
+        assert cpu_seconds(worker.pid) - before < 0.15
+
+
+def test_without_work_it_imports_no_model(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(0, texts=["", " "])
+    connection = connect()
+    connection.execute("call embed_worker(max_seconds => 1)")
+    connection.execute(
+        """create function pg_temp.loaded() returns text[] language plpython3u as $$
+           import sys
+           return [m for m in ("torch", "numpy", "orjson", "sentence_transformers", "tokenizers") if m in sys.modules]
+        $$"""
+    )
+    assert scalar(connection, "select pg_temp.loaded()") == []
+
+
+# --- how it ends ---------------------------------------------------------------------------------------------------
+
+
+def test_ends_in_time_and_returns_totals(db: Connection, declared: Knowledge) -> None:
+    declared(7)
+    started = time.monotonic()
+    assert rows(db, "call embed_worker(max_seconds => 1)") == [(7, 0, 0)]
+    assert 1 <= time.monotonic() - started < 2
+    assert leftovers(db) == {}
+
+
+@pytest.mark.parametrize("function", ["pg_cancel_backend", "pg_terminate_backend"])
+def test_asleep_it_reacts_at_once(db: Connection, connect: Connect, declared: Knowledge, function: str) -> None:
+    declared(2)
+    connection = connect()
+    with working(db, connection) as worker:
+        wait_for(db)
+        time.sleep(1)
+        db.execute(f"select {function}(%s)".encode(), [worker.pid])
+        assert worker.seconds_until_done() < 0.2
+        assert isinstance(worker.error, (errors.QueryCanceled, errors.AdminShutdown))
+    assert leftovers(db) == {}
+    if function == "pg_cancel_backend":
+        assert rows(connection, "call embed_worker(max_seconds => 0)") == [(0, 0, 0)]
+        assert scalar(connection, "show default_transaction_isolation") == "read committed"
+
+
+def test_fast_shutdown_does_not_wait_for_it(own_rig: Callable[..., Rig]) -> None:
+    rig = own_rig()
+    with rig.server.connect() as db:
+        db.execute("create table docs (id int primary key, content text, embedding vector(384))")
+        db.execute("select embed_column('docs', 'content'::name)")
+        worker = Working(rig.server.connect())
+        wait_until(lambda: scalar(db, PLACES, worker.pid))
+    time.sleep(0.7)
+    rig.server.stop()
+    assert worker.seconds_until_done() < 1
+    log = rig.server.log
+    assert "received fast shutdown request" in log
+    assert "database system is shut down" in log
+
+
+# --- how many ------------------------------------------------------------------------------------------------------
+
+
+def test_second_worker_returns_at_once(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(1)
+    with working(db, connect()):
+        other = connect()
+        started = time.monotonic()
+        with notices(other) as heard:
+            other.execute("call embed_worker()")
+        assert time.monotonic() - started < 1
+        assert [n.severity for n in heard] == ["NOTICE"]
+        with working(db, other, workers=2), notices(db) as heard:
+            db.execute("call embed_worker(workers => 2)")
+            assert [n.severity for n in heard] == ["NOTICE"]
+
+
+def test_each_role_has_a_worker_of_its_own(
+    db: Connection, connect: Connect, declared: Knowledge, role: Callable[..., str]
+) -> None:
+    declared(1)
+    role("alice")
+    db.execute("grant execute on procedure embed_worker to alice; grant all on schema public to alice")
+    alice = connect("alice")
+    alice.execute("create table public.hers (id int primary key, content text, embedding vector(384))")
+    for sources in ("name", "name[]"):
+        function = f"embed_column(regclass, {sources}, name, text, text, boolean)"
+        db.execute(f"grant execute on function {function} to alice".encode())
+    alice.execute("select embed_column('hers', 'content'::name)")
+    alice.execute("insert into hers values (1, 'a text')")
+    with working(db, connect()):
+        wait_for(db)
+        time.sleep(0.5)
+        assert pending(db, "hers") == 1  # not the superuser's
+        with working(db, connect("alice")):
+            wait_until(lambda: pending(db, "hers") == 0)
+    db.execute("drop owned by alice cascade")
+
+
+@pytest.mark.parametrize(
+    "arguments", ["batch => 0", "max_seconds => -1", "workers => 0", "workers => 65", "workers => null"]
+)
+def test_arguments_out_of_range_are_refused(db: Connection, arguments: str) -> None:
+    with pytest.raises(errors.InvalidParameterValue):
+        db.execute(f"call embed_worker({arguments})".encode())
+
+
+def test_not_inside_a_transaction_block(connect: Connect, declared: Knowledge) -> None:
+    declared(1)
+    connection = connect(autocommit=False)
+    with pytest.raises(errors.InvalidTransactionTermination, match="embed_worker"):
+        connection.execute("call embed_worker()")
+
+
+# --- embed_wait ----------------------------------------------------------------------------------------------------
+
+
+def test_wait_ends_when_time_is_up(db: Connection, declared: Knowledge) -> None:
+    declared(2)
+    started = time.monotonic()
+    with pytest.raises(errors.QueryCanceled, match="still pending") as caught:
+        db.execute("call embed_wait('knowledge', '300 ms')")
+    assert 0.3 <= time.monotonic() - started < 2
+    assert "embed_schedule" in str(caught.value.diag.message_hint)
+
+
+def test_wait_says_at_once_that_rows_have_failed(db: Connection, declared: Knowledge) -> None:
+    declared(0, texts=["a raiseword text", "a fine text", " " * 300])
+    db.execute("call embed_pending()")
+    with pytest.raises(errors.QueryCanceled, match="still pending"):  # it will be tried again
+        db.execute("call embed_wait('knowledge', '0')")
+    db.execute("update autoembed.failure set next_try = null")
+    with pytest.raises(errors.ObjectNotInPrerequisiteState, match="not tried again: 1"):
+        db.execute("call embed_wait('knowledge', '1 minute')")
+    db.execute("update knowledge set content = 'a good text' where content like '%raise%'")
+    with pytest.raises(errors.QueryCanceled, match="still pending"):
+        db.execute("call embed_wait('knowledge', '0')")
+    db.execute("call embed_pending()")
+    db.execute("call embed_wait('knowledge', '0')")
+
+
+def test_wait_holds_nothing(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(2)
+    waiter = connect()
+    thread = threading.Thread(target=lambda: wait_for(waiter), daemon=True)
+    thread.start()
+    time.sleep(1.5)
+    looks = [scalar(db, ASLEEP, waiter.info.backend_pid) for _ in range(30) if not time.sleep(0.01)]  # type: ignore[func-returns-value]
+    assert looks.count(True) >= 20
+    db.execute("call embed_pending()")
+    thread.join(timeout=5)
+    assert not thread.is_alive()
+
+
+def test_wait_is_for_declared_relations(db: Connection, knowledge: Knowledge) -> None:
+    knowledge(1)
+    with pytest.raises(errors.UndefinedObject, match="no column declared"):
+        db.execute("call embed_wait('knowledge')")
