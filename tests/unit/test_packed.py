@@ -138,7 +138,7 @@ def test_every_way_to_attend_gives_the_same(lively_shelf: Settings, length: int)
     folder = lively_shelf.model_dir / "all-MiniLM-L6-v2"
     expected = reference(folder)
     expected.max_seq_length = 512
-    loaded = Loaded(layouts.inspect(folder, "m"), 512)
+    loaded = opened(folder, 512)
     texts = ["vacuum " * (length - 2), "rows " * (length - 2), "index " * (length - 3) + "Straße"]
     tokenized = loaded.tokenizer.tokenize(texts)
     assert [each.length for each in tokenized][:2] == [length, length]
@@ -211,8 +211,12 @@ def compare(folder: Path, texts: Sequence[str] = ("vacuum removes dead rows", "x
 
 
 def loaded_vectors(folder: Path, texts: Sequence[str] = ("vacuum removes dead rows",), limit: int = 64) -> Vectors:
-    loaded = Loaded(layouts.inspect(folder, "m"), limit)
+    loaded = opened(folder, limit)
     return loaded.encode(loaded.tokenizer.tokenize(list(texts)), nothing)
+
+
+def opened(folder: Path, limit: int) -> Loaded:
+    return Loaded(layouts.inspect(folder, "m"), limit)
 
 
 def distilbert(directory: Path) -> Path:
