@@ -32,7 +32,7 @@ BATCH = 32
 REFERENCE, REFERENCE_8 = (f"SentenceTransformer.encode(batch_size={size})" for size in (BATCH, 8))
 SHORT_TOKENS, SENTENCE_TOKENS = 16, 128
 MINILM = Architecture("all-MiniLM-L6-v2", "all-MiniLM-L6-v2", "Bert", 6, 384, 1536, 12, 256)
-COLD_STARTS, QUERIES, GROWTH_TEXTS, WORKER_SECONDS = 3, 30, 10_000, 6.0
+COLD_STARTS, QUERIES, GROWTH_TEXTS, WORKER_SECONDS = 3, 30, 10_000, 4.0
 
 Vectors = NDArray[np.float32]
 
