@@ -17,6 +17,7 @@ install_server() {
 
 installed() { [ -x "$(find_pg_config)" ] && use_postgres && [ -x "$BINDIR/postgres" ]; }
 has_plpython() { use_postgres && [ -f "$PKGLIBDIR/plpython3.so" ] && [ -f "$SHAREDIR/extension/plpython3u.control" ]; }
+has_compiler() { type gcc >/dev/null 2>&1 && [ -f /usr/include/stdint.h ]; }  # the package's int8.c
 has_venv() { "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null; }
 
 [ -z "${PG_CONFIG:-}" ] || [ -x "$PG_CONFIG" ] || die "PG_CONFIG=$PG_CONFIG is no program"
@@ -29,7 +30,7 @@ if [ "${1:-}" = dev ]; then
         say "apt has no pg_cron for PostgreSQL $(pg_major): install it, or the tests of embed_schedule fail"
     exit 0
 fi
-installed && has_plpython && has_venv && exit 0
+installed && has_plpython && has_venv && has_compiler && exit 0
 
 say "packages of the system: PostgreSQL, PL/Python, venv"
 as_root apt-get update -qq
@@ -37,4 +38,5 @@ if [ -x "$(find_pg_config)" ]; then PG_CONFIG=$(find_pg_config); MAJOR=$(pg_majo
 installed || install_server "postgresql-$MAJOR"
 has_plpython || apt_install "postgresql-plpython3-$MAJOR"
 has_venv || apt_install python3-venv
+has_compiler || apt_install gcc libc6-dev
 { installed && has_plpython && has_venv; } || die "PostgreSQL $MAJOR at ${BINDIR:-?} still lacks a server, PL/Python or venv"

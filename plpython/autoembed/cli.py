@@ -102,7 +102,9 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 def _options(parsed: argparse.Namespace) -> Options:
     from autoembed.convert import Options
 
-    return Options(pooling=parsed.pooling, normalize=parsed.normalize, precision=parsed.precision)
+    return Options(
+        pooling=parsed.pooling, normalize=parsed.normalize, precision=parsed.precision or settings.read().precision
+    )
 
 
 def _tell(added: Added) -> int:
@@ -165,5 +167,7 @@ def _adding_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, help="for a bare transformers folder (no)"
     )
-    command.add_argument("--precision", choices=("float32",), default="float32", help="float32 is what there is")
+    command.add_argument(
+        "--precision", choices=settings.PRECISIONS, help="of the weights; unset: EMBEDDING_PRECISION, else float32"
+    )
     command.add_argument("--force", action="store_true", help="replace another model of that name")

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from autoembed import cpu, offline
 from autoembed import layout as layouts
-from autoembed import offline
 from autoembed.errors import BrokenModel, InvalidOption, MissingFile, UnsupportedModel
 from autoembed.layout import Layout
+from autoembed.settings import PRECISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLOAT32 = "float32"
 POOLINGS = ("mean", "cls", "max")
 DEFAULT_POOLING = "mean"  # what sentence-transformers takes for such a folder; it does not normalise either
 KINDS = "sentence_transformers.models."
@@ -28,7 +30,7 @@ class Options:
 
     pooling: str | None = None
     normalize: bool | None = None
-    precision: str = "float32"
+    precision: str = FLOAT32
 
 
 @dataclass
@@ -38,8 +40,10 @@ class Notes:
 
 
 def check_options(layout: Layout, options: Options) -> None:
-    if options.precision != "float32":
-        raise InvalidOption(option="--precision", problem=f"must be float32, not {options.precision}")
+    if options.precision not in PRECISIONS:
+        raise InvalidOption(option="--precision", problem=f"must be {' or '.join(PRECISIONS)}, not {options.precision}")
+    if lacking := cpu.lacks(options.precision):
+        raise InvalidOption(option="--precision", problem=f"must be float32 here: {lacking}")
     if layout.bare:
         return
     for option, value in (("--pooling", options.pooling), ("--normalize", options.normalize)):

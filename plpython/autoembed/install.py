@@ -77,6 +77,8 @@ def _build(layout: Layout, folder: Path, options: Options, origin: Origin) -> Ma
         notes = convert.complete(layout, stage, options)
         layout = layouts.inspect(stage, layout.name)
         facts = smoke.try_out(layout, stage)
+        if options.precision != convert.FLOAT32:
+            smoke.change_precision(layout, facts, options.precision)
         _make_readable(stage)
         manifest = _manifest(layout, facts, notes, options, origin)
         manifests.write(stage, manifest)

@@ -336,8 +336,11 @@ class Network:
         self.embeddings = Embeddings(shape, weights)
         self.attention = Attention(shape, weights, dtype)
         self.dtype = dtype
-        self.layers = [Layer(shape, weights, number, dtype) for number in range(shape.layers)]
         self.space = Workspace(dtype)
+        self.make_layers(weights)
+
+    def make_layers(self, weights: Mapping[str, Tensor]) -> None:
+        self.layers = [Layer(self.shape, weights, number, self.dtype) for number in range(self.shape.layers)]
 
     def __call__(self, packed: Packed, checkpoint: Callable[[], None]) -> Tensor:
         looks = self.attention.of(packed)

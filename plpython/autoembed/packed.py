@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from autoembed import head, memory, threads
+from autoembed import cpu, head, memory, threads
 from autoembed import layout as layouts
 from autoembed.encoder import Tokenized
 from autoembed.errors import BrokenModel, OutOfMemory
 from autoembed.network import Network, Packed, Shape, UnsupportedNetwork
+from autoembed.quantized import QuantizedNetwork, quantize
 from autoembed.tokens import TextTokenizer
 
 if TYPE_CHECKING:
@@ -38,11 +40,10 @@ LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, Safetenso
 class Loaded:
     """A folder's tokenizer, network and head; UnsupportedNetwork where only sentence-transformers computes it."""
 
-    def __init__(self, layout: Layout, max_tokens: int) -> None:
+    def __init__(self, layout: Layout, max_tokens: int, precision: str) -> None:
         shape = Shape.read(layout.config)
-        weights = mapped(layout.transformer)
         self.pool, self.heads = head.read(layout, mapped)
-        self.network = Network(shape, weights)
+        self.network = NETWORKS[precision](shape, mapped(layout.transformer, PREPARED.get(precision)))
         self.tokenizer = TextTokenizer(layouts.tokenizer_file(layout), max_tokens)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
@@ -71,8 +72,12 @@ class PackedEncoder:
 
     @classmethod
     def load(cls, model: Model, settings: Settings) -> PackedEncoder:
+        if reason := cpu.lacks(model.precision):
+            raise BrokenModel(
+                name=model.name, reason=reason, hint="Add it again, under another name, without --precision."
+            )
         try:
-            loaded = Loaded(layouts.inspect(model.path, model.name), model.max_tokens)
+            loaded = Loaded(layouts.inspect(model.path, model.name), model.max_tokens, model.precision)
         except MemoryError:
             raise OutOfMemory(name=model.name, reason="its weights do not fit") from None
         except LOAD_ERRORS as error:
@@ -119,10 +124,40 @@ class Sparse:
             self.called = time.monotonic()
 
 
-def mapped(folder: Path) -> Mapping[str, Tensor]:
+def prepare(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:
+    """Write the weights of a precision, ready to be mapped and so shared by all processes, in place of the published.
+
+    Raises UnsupportedNetwork for a model that the packed encoder does not serve.
+    """
+    from safetensors.torch import save_file
+
+    everything = mapped(layout.transformer)
+    weights = {name: tensor for name, tensor in everything.items() if name.startswith(("embeddings.", "encoder."))}
+    network = Network(Shape.read(layout.config), weights)
+    converted = CONVERSIONS[precision](network, weights, Packed.of([text.content for text in texts]))
+    save_file(converted, layout.transformer / PREPARED[precision])
+    for name in layouts.choose_weights(file.name for file in layout.transformer.iterdir()):
+        (layout.transformer / name).unlink()
+
+
+def halve(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> dict[str, Tensor]:  # noqa: ARG001
+    floats = {name for name, tensor in weights.items() if tensor.dtype.is_floating_point}
+    return {name: tensor.bfloat16() if name in floats else tensor.clone() for name, tensor in weights.items()}
+
+
+CONVERSIONS = {"bfloat16": halve, "int8": quantize}
+PREPARED = {precision: f"{precision}.safetensors" for precision in CONVERSIONS}
+NETWORKS: dict[str, Callable[[Shape, Mapping[str, Tensor]], Network]] = {
+    "float32": Network,
+    "bfloat16": partial(Network, dtype=torch.bfloat16),
+    "int8": QuantizedNetwork,
+}
+
+
+def mapped(folder: Path, prepared: str | None = None) -> Mapping[str, Tensor]:
     """A folder's tensors by name, as their file is mapped: they cost memory when they are read, and all share it."""
     tensors: dict[str, Tensor] = {}
-    for name in layouts.choose_weights(file.name for file in folder.iterdir()):
+    for name in [prepared] if prepared else layouts.choose_weights(file.name for file in folder.iterdir()):
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="pt") as file:
                 tensors.update({PREFIX.sub("", key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

@@ -11,7 +11,7 @@ from autoembed.errors import InvalidSetting
 DEFAULT_MODEL = "all-mpnet-base-v2"
 DEFAULT_DIRECTORY = "/var/lib/pg_autoembed/models"
 DEVICES = ("auto", "cpu", "cuda", "mps")
-PRECISIONS = ("float32",)
+PRECISIONS = ("float32", "bfloat16", "int8")
 PREFIX = "EMBEDDING_"
 
 

@@ -24,6 +24,8 @@ TEXTS = (
 LONG_TEXT = "word "
 ALONE_TOLERANCE = 1e-4
 PACKED_TOLERANCE = 1e-5
+# Published costs of a lower precision are about one percent of a search's quality; a broken one is far below this.
+LEAST_COSINE = 0.98
 UNUSED_WEIGHTS = ("pooler.", "lm_head.", "position_ids")
 
 
@@ -34,6 +36,8 @@ class Facts:
     position_limit: int
     encoder: str
     encoder_note: str
+    vectors: Any
+    """Of TEXTS, by sentence-transformers in float32."""
 
 
 def try_out(layout: Layout, folder: Path) -> Facts:
@@ -54,7 +58,7 @@ def try_out(layout: Layout, folder: Path) -> Facts:
         raise BrokenModel(name=layout.name, reason=problem, hint=hint)
     _keep_tokenizer(layout, transformer)
     note = _packed_differs(layout, max_tokens, vectors)
-    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else models.PACKED, note)
+    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else models.PACKED, note, vectors)
 
 
 def _check_weights(layout: Layout, folder: Path) -> None:
@@ -129,7 +133,7 @@ def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
     from autoembed.packed import Loaded
 
     try:
-        loaded = Loaded(layout, max_tokens)
+        loaded = Loaded(layout, max_tokens, "float32")
         found = loaded.encode(loaded.tokenizer.tokenize(TEXTS), lambda: None)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, UnsupportedNetwork) as error:
         return (
@@ -137,3 +141,22 @@ def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
         )
     largest = np.abs(found - vectors).max() / np.linalg.norm(vectors, axis=1).max()
     return "" if largest <= PACKED_TOLERANCE else f"the packed encoder's vectors differ by {largest:.1g}"
+
+
+def change_precision(layout: Layout, facts: Facts, precision: str) -> None:
+    """The weights in another precision, tried out against float32's vectors."""
+    import numpy as np
+
+    from autoembed import packed
+    from autoembed.tokens import TextTokenizer
+
+    if facts.encoder != models.PACKED:
+        reason = f"it has {precision} only in the packed encoder, which does not serve it, since {facts.encoder_note}"
+        raise BrokenModel(name=layout.name, reason=reason, hint="Add it without --precision.")
+    texts = TextTokenizer(layouts.tokenizer_file(layout), facts.max_tokens).tokenize(TEXTS)
+    packed.prepare(layout, precision, texts)
+    found = packed.Loaded(layout, facts.max_tokens, precision).encode(texts, lambda: None)
+    cosines = (found * facts.vectors).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(facts.vectors, axis=1)
+    if not cosines.min() >= LEAST_COSINE:
+        reason = f"its vectors in {precision} are too far from those in float32 (cosine {cosines.min():.3f})"
+        raise BrokenModel(name=layout.name, reason=reason, hint="Add it without --precision.")

@@ -1,0 +1,33 @@
+"""What this machine's processor computes quickly: a precision that it has to emulate is slower than float32."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+CPUINFO = Path("/proc/cpuinfo")
+# Any one of them will do.
+NEEDED = {
+    "float32": frozenset[str](),
+    "bfloat16": frozenset({"avx512_bf16", "amx_bf16", "bf16"}),
+    "int8": frozenset({"avx512_vnni", "avx_vnni", "amx_int8"}),
+}
+
+
+def flags(file: Path = CPUINFO) -> frozenset[str]:
+    """Linux names them `flags` on x86 and `Features` on ARM."""
+    if not file.exists():
+        return frozenset()
+    found = (line.partition(":") for line in file.read_text().splitlines())
+    return next(
+        (frozenset(value.split()) for name, _, value in found if name.strip() in ("flags", "Features")), frozenset()
+    )
+
+
+def lacks(precision: str) -> str | None:
+    """Why this precision would be slower here than float32, or None."""
+    needed = NEEDED[precision]
+    if not needed or needed & flags():
+        return None
+    names = ", ".join(sorted(needed))
+    return f"this processor ({platform.machine()}) has none of {names}: {precision} would be slower than float32"

@@ -1,0 +1,249 @@
+"""Matrix products in int8 (opt-in): each weight's column and each token's row as bytes with a scale.
+
+Weights are symmetric, one scale an output; rows have a scale and a middle of their own, so that a text's vector does
+not depend on the texts beside it. The few inputs of each product that are far larger than all others stay float32, as
+in LLM.int8 (Dettmers et al. 2022); which ones is seen once, when the model is added. Products are exact in 32 bits.
+What lies between them is int8.c; attention, norms and pooling stay float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoembed.network import (
+    Attention,
+    LayerNames,
+    Linear,
+    Look,
+    Network,
+    Norm,
+    Packed,
+    Shape,
+    UnsupportedNetwork,
+    Workspace,
+)
+
+STEPS = 127
+# As int8.c has them.
+OUTLIERS = 8
+LARGEST_ROW = 16_384
+LIBRARY = "autoembed._int8"
+
+
+class Rows(NamedTuple):
+    """A matrix (T, width) as bytes; x = steps * scale + middle, row by row."""
+
+    steps: Tensor
+    scales: Tensor
+    middles: Tensor
+    outliers: Tensor
+
+
+class Weight(NamedTuple):
+    """outputs x inputs as bytes; `sums` is each output's sum of weights.
+
+    `outliers` (OUTLIERS x outputs) are the weights of the inputs at `places`.
+    """
+
+    steps: Tensor
+    scales: Tensor
+    sums: Tensor
+    bias: Tensor
+    outliers: Tensor
+    places: Tensor
+
+    @property
+    def outputs(self) -> int:
+        return len(self.bias)
+
+
+def quantize(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> dict[str, Tensor]:
+    """What `model add` writes in place of the weights: all matrix products in bytes, anything else as it is.
+
+    Raises UnsupportedNetwork where that is not computed.
+    """
+    check(network.shape)
+    kept = dict(weights)
+    for number, largest in enumerate(watch(network, texts)):
+        for names, inputs in zip(network.shape.names(number).products, largest, strict=True):
+            weight = torch.cat([kept.pop(f"{name}.weight").float() for name in names])
+            bias = torch.cat([kept.pop(f"{name}.bias").float() for name in names])
+            for part, tensor in zip(Weight._fields, quantized(weight, bias, inputs), strict=True):
+                kept[f"{names[0]}.{part}"] = tensor.contiguous()
+    return {name: tensor.float() if tensor.dtype.is_floating_point else tensor for name, tensor in kept.items()}
+
+
+def quantized(weight: Tensor, bias: Tensor, largest: Tensor) -> Weight:
+    """`largest` is what each input has been seen to be at most."""
+    places = largest.topk(OUTLIERS).indices.sort().values
+    outliers = weight[:, places].t()
+    rest = weight.index_fill(1, places, 0.0)
+    scales = rest.abs().amax(1).clamp(min=1e-30) / STEPS
+    steps = (rest / scales[:, None]).round().to(torch.int8)
+    return Weight(steps, scales, steps.sum(1, dtype=torch.int32).float() * scales, bias, outliers, places)
+
+
+def check(shape: Shape) -> None:
+    if shape.activation != "gelu":
+        raise UnsupportedNetwork(f"int8 needs the activation gelu, not {shape.activation}")
+    if not OUTLIERS <= min(shape.width, shape.inner) <= max(shape.width, shape.inner) <= LARGEST_ROW:
+        raise UnsupportedNetwork(f"int8 needs layers from {OUTLIERS} to {LARGEST_ROW} wide")
+
+
+class Watched:
+    """A matrix product that remembers the largest of each input."""
+
+    def __init__(self, linear: Linear) -> None:
+        self.linear = linear
+        self.outputs = linear.outputs
+        self.largest = torch.zeros(())
+
+    def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
+        self.largest = tokens.abs().amax(0)
+        return self.linear(tokens, out)
+
+    def add_to(self, tokens: Tensor, residual: Tensor) -> Tensor:
+        self.largest = tokens.abs().amax(0)
+        return self.linear.add_to(tokens, residual)
+
+
+def watch(network: Network, texts: Packed) -> list[list[Tensor]]:
+    """The largest of each input of each layer's products. The network is good for nothing else afterwards."""
+    products = []
+    for layer in network.layers:
+        watched = [Watched(linear) for linear in (layer.joined, layer.output, layer.up, layer.down)]
+        layer.joined, layer.output, layer.up, layer.down = watched  # type: ignore[assignment]
+        products.append(watched)
+    with torch.inference_mode():
+        network(texts, lambda: None)
+    return [[watched.largest for watched in layer] for layer in products]
+
+
+class QuantizedLayer:
+    def __init__(self, kernels: Kernels, shape: Shape, weights: Mapping[str, Tensor], names: LayerNames) -> None:
+        self.kernels = kernels
+        self.joined, self.output, self.up, self.down = (
+            Weight(*(weights[f"{name[0]}.{part}"] for part in Weight._fields)) for name in names.products
+        )
+        self.attention_norm = Norm(weights, names.attention_norm, shape.epsilon)
+        self.norm = Norm(weights, names.norm, shape.epsilon)
+
+    def __call__(self, tokens: Tensor, rows: Rows, looks: Look, after: Weight, space: Workspace) -> Rows:
+        """tokens (T, width) are changed in place; rows are the same as bytes, made for the product that comes after."""
+        count, kernels = len(tokens), self.kernels
+        joined = kernels.product(rows, self.joined, space.take("joined", count, self.joined.outputs), space)
+        seen = looks(joined, space.take("seen", count, self.output.outputs))
+        rows = kernels.quantize(seen, self.output, space)
+        rows = kernels.add_norm(rows, self.output, tokens, self.attention_norm, self.up, space)
+        rows = kernels.gelu(rows, self.up, self.down, space)
+        return kernels.add_norm(rows, self.down, tokens, self.norm, after, space)
+
+
+class QuantizedAttention(Attention):
+    def __init__(self, kernels: Kernels, shape: Shape, weights: Mapping[str, Tensor], space: Workspace) -> None:
+        super().__init__(shape, weights, torch.float32)
+        self.kernels = kernels
+        self.space = space
+
+    def plain(self, parts: Tensor, bias: Tensor | None) -> Tensor:
+        query, key, value = parts[:, 0].unbind(0)
+        heads, length, _ = query.shape
+        scores = self.space.take("scores", heads * length, length).view(heads, length, length)
+        torch.bmm(query, key.transpose(1, 2), out=scores)
+        return torch.bmm(self.kernels.softmax(scores, bias, self.scale), value)[None]
+
+
+class QuantizedNetwork(Network):
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor]) -> None:
+        check(shape)
+        self.kernels = Kernels()
+        super().__init__(shape, weights)
+
+    def make_layers(self, weights: Mapping[str, Tensor]) -> None:
+        self.attention = QuantizedAttention(self.kernels, self.shape, weights, self.space)
+        names = map(self.shape.names, range(self.shape.layers))
+        self.quantized = [QuantizedLayer(self.kernels, self.shape, weights, each) for each in names]
+
+    def __call__(self, packed: Packed, checkpoint: Callable[[], None]) -> Tensor:
+        looks = self.attention.of(packed)
+        tokens = self.embeddings(packed)
+        rows = self.kernels.quantize(tokens, self.quantized[0].joined, self.space)
+        following = [*self.quantized[1:], self.quantized[-1]]  # what the last one makes for a product, none takes
+        for layer, after in zip(self.quantized, following, strict=True):
+            checkpoint()
+            rows = layer(tokens, rows, looks, after.joined, self.space)
+        return tokens
+
+
+class Kernels:
+    """int8.c. It is loaded after torch, and so shares torch's OpenMP threads."""
+
+    def __init__(self) -> None:
+        spec = find_spec(LIBRARY)
+        if spec is None or spec.origin is None:
+            raise UnsupportedNetwork("this installation was built without a C compiler, and so without int8")
+        self.library = ctypes.CDLL(spec.origin)
+
+    def product(self, rows: Rows, weight: Weight, out: Tensor, space: Workspace) -> Tensor:
+        sums, size = self._sums(rows, weight, space)
+        self._call("dequantize", self._product(sums, rows, weight), *size, _pointer(out))
+        return out
+
+    def quantize(self, values: Tensor, after: Weight, space: Workspace) -> Rows:
+        """Of a matrix, for the product that comes after; the others below do the same with their own results."""
+        rows = self._rows("narrow", values, space)
+        self._call("quantize", _pointer(values), *map(ctypes.c_long, values.shape), _pointers(*rows, after.places))
+        return rows
+
+    def softmax(self, scores: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        added = ctypes.c_void_p(None if bias is None else bias.data_ptr())
+        rows = ctypes.c_long(scores.shape[0] * scores.shape[1])
+        self._call("softmax", _pointer(scores), added, ctypes.c_float(scale), rows, ctypes.c_long(scores.shape[2]))
+        return scores
+
+    def gelu(self, rows: Rows, weight: Weight, after: Weight, space: Workspace) -> Rows:
+        sums, size = self._sums(rows, weight, space)
+        wide = self._rows("wide", sums, space)
+        self._call("gelu", self._product(sums, rows, weight), *size, _pointers(*wide, after.places))
+        return wide
+
+    def add_norm(self, rows: Rows, weight: Weight, tokens: Tensor, norm: Norm, after: Weight, space: Workspace) -> Rows:
+        sums, size = self._sums(rows, weight, space)
+        normed = self._rows("normed", tokens, space)
+        learned = (_pointer(norm.weight), _pointer(norm.bias), ctypes.c_float(norm.epsilon))
+        out = _pointers(*normed, after.places)
+        self._call("add_norm", self._product(sums, rows, weight), *size, *learned, _pointer(tokens), out)
+        return normed
+
+    def _sums(self, rows: Rows, weight: Weight, space: Workspace) -> tuple[Tensor, tuple[ctypes.c_long, ...]]:
+        sums = space.take("sums", len(rows.steps), weight.outputs, torch.int32)
+        torch._int_mm(rows.steps, weight.steps.t(), out=sums)
+        return sums, tuple(map(ctypes.c_long, sums.shape))
+
+    def _product(self, sums: Tensor, rows: Rows, weight: Weight) -> ctypes.Array[ctypes.c_void_p]:
+        return _pointers(sums, *rows[1:], *weight[1:5])
+
+    def _rows(self, name: str, like: Tensor, space: Workspace) -> Rows:
+        steps = space.take(name, like.shape[0], like.shape[1], torch.int8)
+        scales, middles = space.take(f"{name} scales", 2, len(like)).unbind(0)
+        return Rows(steps, scales, middles, space.take(f"{name} outliers", len(like), OUTLIERS))
+
+    def _call(self, name: str, *arguments: object) -> None:
+        threads = ctypes.c_int(torch.get_num_threads())
+        if getattr(self.library, f"autoembed_{name}")(*arguments, threads) < 0:
+            raise RuntimeError(f"int8 {name} does not take rows of this length")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
+    """A C struct of pointers."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
