@@ -53,7 +53,7 @@ def add(
         if source == folder.resolve():
             raise InvalidOption(option="PATH", problem="is the model directory's own copy; give --name or another PATH")
         found = _origin(layout, options, origin or (str(source), None))
-        if (present := _same(folder, found)) is not None:
+        if not force and (present := _same(folder, found)) is not None:
             return Added(present, folder, new=False)
         if folder.exists() and not force:
             raise ModelExists(name=name)
