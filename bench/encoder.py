@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from autoembed import batching, install, models, settings
 from autoembed.convert import Options
 from autoembed.encoder import Encoder
-from autoembed.errors import AutoembedError
+from autoembed.errors import AutoembedError, ModelExists
 from bench import fresh
 from bench.architectures import BGE_M3, CODEBERT, MPNET, Architecture, texts, texts_of, token_counts
 from bench.ceiling import gflop_per_second, unmeasurable
@@ -389,10 +389,18 @@ def folder_and_precision(architecture: Architecture, precision: str) -> str | No
         return reason
     name = registered_name(architecture, precision)
     try:
-        install.add(folder_of(architecture), shelf(), name=name, options=Options(precision=precision), force=True)
+        add(architecture, name, Options(precision=precision))
     except AutoembedError as error:
         return str(error)
     return None
+
+
+def add(architecture: Architecture, name: str, options: Options) -> None:
+    """Only if it is not there already, made from the same files."""
+    try:
+        install.add(folder_of(architecture), shelf(), name=name, options=options)
+    except ModelExists:
+        install.add(folder_of(architecture), shelf(), name=name, options=options, force=True)
 
 
 def registered_name(architecture: Architecture, precision: str) -> str:

@@ -216,7 +216,7 @@ def loaded_vectors(folder: Path, texts: Sequence[str] = ("vacuum removes dead ro
 
 
 def opened(folder: Path, limit: int) -> Loaded:
-    return Loaded(layouts.inspect(folder, "m"), limit)
+    return Loaded(layouts.inspect(folder, "m"), limit, "float32")
 
 
 def distilbert(directory: Path) -> Path:
