@@ -67,7 +67,7 @@ class PackedEncoder:
 
     def __init__(self, model: Model, loaded: Loaded, max_threads: int | None = None) -> None:
         self.model = model
-        self.policy = threads.Policy(max_threads)
+        self.policy = threads.Policy(max_threads, model.bytes)
         self._loaded: Loaded | None = loaded
 
     @classmethod
@@ -100,7 +100,7 @@ class PackedEncoder:
         return self.loaded.encode(texts, Sparse(checkpoint))
 
     def use_threads(self, fixed: int | None) -> None:
-        self.policy = threads.Policy(fixed)
+        self.policy = threads.Policy(fixed, self.model.bytes)
 
     def rest(self) -> None:
         self.loaded.network.space.clear()

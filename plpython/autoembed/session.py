@@ -161,6 +161,8 @@ class Session:
             self.fill_columns(batch or 0, oid, totals, Limits(max_rows, max_seconds))
         finally:
             self.leave(isolation)
+            if totals.tokens:
+                self.models.rest()
         if totals.embedded or totals.failed or totals.skipped:
             self.log(totals, time.monotonic() - started)
         return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}

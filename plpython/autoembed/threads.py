@@ -14,17 +14,19 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 STAT = Path("/proc/stat")
-# A query's few tokens are done before a second thread has woken up, and its neighbours want the core.
-TOKENS_FOR_ONE = 48
+# In tokens times bytes of weights: a query to a small model is done before a second thread has woken up. A large one
+# reads its weights twice as fast with two threads.
+WORK_FOR_ONE = 3_000_000_000
 # The kernel counts in hundredths of a second: a shorter look says nothing.
 SHORTEST_LOOK = 0.1
 
 
 class Policy:
-    """`fixed` is EMBEDDING_THREADS; None leaves it to what is free."""
+    """`fixed` is EMBEDDING_THREADS; None leaves it to what is free. `weights` are the model's, in bytes."""
 
-    def __init__(self, fixed: int | None, used: Callable[[], float] | None = None) -> None:
+    def __init__(self, fixed: int | None, weights: int, used: Callable[[], float] | None = None) -> None:
         self.fixed = fixed
+        self.weights = weights
         self.cores = cores()
         self.used = used or meter()
         self.free = self.cores
@@ -34,7 +36,7 @@ class Policy:
         """For a micro-batch of so many tokens."""
         if self.fixed is not None:
             return self.fixed
-        if tokens <= TOKENS_FOR_ONE:
+        if tokens * self.weights <= WORK_FOR_ONE:
             return 1
         clock, everyone, own = self._look()
         elapsed = clock - self.looked[0]
@@ -67,7 +69,8 @@ def meter() -> Callable[[], float]:
 
 
 def _core_seconds(names: set[str], tick: int) -> float:
-    """All columns of /proc/stat but idle, iowait, and what guests took, which is counted as user time already."""
+    """All columns of /proc/stat but idle, iowait, what guests took, which is counted as user time already, and what the
+    host stole, which grows with our own demand."""
     lines = (line.split() for line in STAT.read_text().splitlines())
     busy = sum(sum(map(int, [*line[1:4], *line[6:8]])) for line in lines if line and line[0] in names)
     return busy / tick

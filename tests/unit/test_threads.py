@@ -44,7 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
 
 def policy(machine: Machine, fixed: int | None = None) -> Policy:
-    return Policy(fixed, lambda: machine.used)
+    return Policy(fixed, 1_000_000, lambda: machine.used)
 
 
 def test_a_lone_run_has_all_cores(machine: Machine) -> None:
@@ -82,8 +82,8 @@ def test_a_query_has_one_and_a_bulk_run_after_it_has_all(machine: Machine) -> No
     one = policy(machine)
     assert one.threads(11) == 1
     machine.run(1, own=1)
-    assert one.threads(threads.TOKENS_FOR_ONE) == 1
-    assert one.threads(threads.TOKENS_FOR_ONE + 1) == 4
+    assert one.threads(threads.WORK_FOR_ONE // 1_000_000) == 1
+    assert one.threads(threads.WORK_FOR_ONE // 1_000_000 + 1) == 4
 
 
 @pytest.mark.parametrize("fixed", [1, 3, 16])
