@@ -118,7 +118,7 @@ def worker(started: float, directory: str, name: str, texts: list[str], threads:
     sys.stdin.readline()
     begun = time.monotonic()
     done = 0
-    for some in cycle(_batches(texts)):
+    for some in cycle(_batches(texts, 8)):  # a whole batch of four processes would take half a minute
         _encode(encoder, some)
         done += len(some)
         if time.monotonic() - begun >= seconds:
@@ -158,8 +158,8 @@ def _encode(encoder: Any, texts: list[str]) -> None:
     batching.encode_all(encoder, texts, prompt="", checkpoint=lambda: None)
 
 
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    return (texts[start : start + BATCH] for start in range(0, len(texts), BATCH))
+def _batches(texts: list[str], size: int = BATCH) -> Iterator[list[str]]:
+    return (texts[start : start + size] for start in range(0, len(texts), size))
 
 
 def resident() -> float:
