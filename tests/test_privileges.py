@@ -31,7 +31,6 @@ DECLARING = {
     "embed_retry(regclass)",
 }
 FILLING = {"embed_pending(integer,regclass,bigint,integer,bigint,bigint,bigint)"}
-# Granted by nobody's recipe: whoever wants them grants them.
 OPERATING = {
     "embed_worker(integer,integer,integer,bigint,bigint,bigint)",
     "embed_wait(regclass,interval)",
@@ -43,7 +42,7 @@ OPERATING = {
 MAY = {
     "nobody": set[str](),
     "searcher": ENCODING,
-    "owner": ENCODING | DECLARING | FILLING,
+    "owner": ENCODING | DECLARING | FILLING | OPERATING,
     "filler": FILLING,
 }
 
