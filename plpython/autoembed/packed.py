@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from autoembed.models import Model
     from autoembed.settings import Settings
 
-# Each pass reads all weights once: fewer tokens would read them more often, more of them gain nothing.
-TOKEN_BUDGET = 2048
+# Each pass reads all weights once: fewer tokens would read them more often, and more gain nothing but take memory.
+TOKEN_BUDGETS = {"float32": 1024, "bfloat16": 1024, "int8": 2048}
 MAX_TEXTS = 512
 CHECKPOINT_SECONDS = 0.2
 # Published weights are often those of a model with a head, below its name.
@@ -61,12 +61,12 @@ class PackedEncoder:
 
     device = "cpu"
     max_texts = MAX_TEXTS
-    token_budget = TOKEN_BUDGET
     pads = False
     interruptible = True
 
     def __init__(self, model: Model, loaded: Loaded, max_threads: int | None = None) -> None:
         self.model = model
+        self.token_budget = TOKEN_BUDGETS[model.precision]
         self.policy = threads.Policy(max_threads, model.bytes)
         self._loaded: Loaded | None = loaded
 
