@@ -82,7 +82,7 @@ def quantize(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> 
 def quantized(weight: Tensor, bias: Tensor, largest: Tensor) -> Weight:
     """`largest` is what each input has been seen to be at most."""
     places = largest.topk(OUTLIERS).indices.sort().values
-    outliers = weight[:, places].t()
+    outliers = weight[:, places].t().contiguous()
     rest = weight.index_fill(1, places, 0.0)
     scales = rest.abs().amax(1).clamp(min=1e-30) / STEPS
     steps = (rest / scales[:, None]).round().to(torch.int8)

@@ -148,14 +148,18 @@ def change_precision(layout: Layout, facts: Facts, precision: str) -> None:
     import numpy as np
 
     from autoembed import packed
+    from autoembed.network import UnsupportedNetwork
     from autoembed.tokens import TextTokenizer
 
     if facts.encoder != models.PACKED:
         reason = f"it has {precision} only in the packed encoder, which does not serve it, since {facts.encoder_note}"
         raise BrokenModel(name=layout.name, reason=reason, hint="Add it without --precision.")
     texts = TextTokenizer(layouts.tokenizer_file(layout), facts.max_tokens).tokenize(TEXTS)
-    packed.prepare(layout, precision, texts)
-    found = packed.Loaded(layout, facts.max_tokens, precision).encode(texts, lambda: None)
+    try:
+        packed.prepare(layout, precision, texts)
+        found = packed.Loaded(layout, facts.max_tokens, precision).encode(texts, lambda: None)
+    except UnsupportedNetwork as error:
+        raise BrokenModel(name=layout.name, reason=str(error), hint="Add it without --precision.") from None
     cosines = (found * facts.vectors).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(facts.vectors, axis=1)
     if not cosines.min() >= LEAST_COSINE:
         reason = f"its vectors in {precision} are too far from those in float32 (cosine {cosines.min():.3f})"

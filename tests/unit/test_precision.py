@@ -1,0 +1,219 @@
+"""Lower precisions: float32 is what they are measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+import models_for_tests as made
+from autoembed import cpu, install, models, packed
+from autoembed import layout as layouts
+from autoembed.batching import Failure, Vector, encode_all
+from autoembed.convert import Options
+from autoembed.encoder import Encoder
+from autoembed.errors import BrokenModel, InvalidOption
+from autoembed.network import Workspace
+from autoembed.quantized import OUTLIERS, Kernels, Weight, quantized
+from autoembed.settings import Settings
+from unit.test_encoder import TEXTS
+
+EVERY = frozenset().union(*cpu.NEEDED.values())
+TEXT = "Write-ahead logging makes a crash survivable: what was committed is written again from the log. "
+Add = Callable[..., Encoder]
+
+
+@pytest.fixture
+def add(tmp_path: Path, shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> Add:
+    """add(folder, precision): an encoder of it, on a processor that has everything."""
+    monkeypatch.setattr(cpu, "flags", lambda: EVERY)
+    current = replace(shelf, model_dir=tmp_path / "precise")
+
+    def make(folder: Path, precision: str) -> Encoder:
+        name = f"{folder.name}-{precision}"
+        install.add(folder, current.model_dir, name=name, options=Options(precision=precision))
+        return models.load(models.find(current, name), current)
+
+    return make
+
+
+def vectors(encoder: Encoder, texts: tuple[str, ...]) -> NDArray[np.float32]:
+    outcomes = encode_all(encoder, texts, prompt="", checkpoint=lambda: None)
+    return np.stack([outcome.values for outcome in outcomes if isinstance(outcome, Vector)])
+
+
+def many() -> tuple[str, ...]:
+    """Of all lengths, and in a jumble."""
+    words = (TEXT * 8).split()
+    return tuple(" ".join(words[start : start + start % 61 + 1]) for start in range(0, 60, 3)) + TEXTS
+
+
+def test_int8_is_close_to_float32_on_real_weights(add: Add, load: Add, folders: dict[str, Path]) -> None:
+    """With the largest inputs as bytes like all others the least cosine was below 0.9985."""
+    cosines = (
+        vectors(add(folders["all-MiniLM-L6-v2"], "int8"), many()) * vectors(load("all-MiniLM-L6-v2"), many())
+    ).sum(1)
+    assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["tiny-codebert", "tiny-bge-m3", "tiny-mpnet", "minilm-768"])
+def test_each_architecture(add: Add, load: Add, folders: dict[str, Path], name: str, precision: str) -> None:
+    mine, full = (vectors(encoder, TEXTS) for encoder in (add(folders[name], precision), load(name)))
+    cosines = (mine * full).sum(1) / np.linalg.norm(mine, axis=1) / np.linalg.norm(full, axis=1)
+    assert cosines.min() > 0.998
+
+
+def test_int8_vectors_do_not_depend_on_their_neighbours(add: Add, folders: dict[str, Path]) -> None:
+    """Rows are quantized one by one, and sums of bytes are exact: not even the last bit may differ by neighbours."""
+    encoder = add(folders["all-MiniLM-L6-v2"], "int8")
+    together = vectors(encoder, many())
+    assert np.array_equal(together, vectors(encoder, many()))
+    for text, neighbour in list(zip(many(), together, strict=True))[::5]:
+        np.testing.assert_allclose(vectors(encoder, (text,))[0], neighbour, atol=1e-6)
+
+
+def test_nan_is_not_lost_among_bytes(add: Add, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = add(made.nan_for("banana", tmp_path), "int8")
+    outcomes = encode_all(encoder, ["an apple", "a banana"], prompt="", checkpoint=lambda: None)
+    assert [outcome.kind if isinstance(outcome, Failure) else "" for outcome in outcomes] == ["", "vector"]
+
+
+def test_the_weights_of_a_precision_replace_the_published(add: Add, load: Add, folders: dict[str, Path]) -> None:
+    encoder = add(folders["all-MiniLM-L6-v2"], "int8")
+    weights = [file.name for file in encoder.model.path.rglob("*.safetensors")]
+    assert weights == ["int8.safetensors"]
+    assert encoder.model.precision == "int8"
+    assert encoder.model.fingerprint != load("all-MiniLM-L6-v2").model.fingerprint
+    models.verify(encoder.model)
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_a_precision_that_the_processor_emulates_is_refused(
+    add: Add, folders: dict[str, Path], shelf: Settings, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    model = add(folders["tiny-mpnet"], precision).model
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2"}))
+    with pytest.raises(BrokenModel, match=f"{precision} would be slower than float32"):
+        models.load(model, shelf)
+    with pytest.raises(InvalidOption, match="--precision must be float32 here"):
+        install.add(folders["tiny-mpnet"], model.path.parent, name="other", options=Options(precision=precision))
+    assert not (model.path.parent / "other").exists()
+
+
+def test_what_the_packed_encoder_does_not_serve_has_float32_only(
+    add: Add, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(folders["tiny-mpnet"], tmp_path / "weighted"))
+    made.write_json(
+        folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, "pooling_mode": "weightedmean"}
+    )
+    with pytest.raises(BrokenModel, match="int8 only in the packed encoder"):
+        add(folder, "int8")
+
+
+def test_an_activation_without_a_kernel_is_refused(add: Add, folders: dict[str, Path], tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(folders["tiny-mpnet"], tmp_path / "relu"))
+    config = layouts.read_json(folder / "config.json", "relu")
+    made.write_json(folder / "config.json", {**config, "hidden_act": "relu"})
+    with pytest.raises(BrokenModel, match="needs the activation gelu, not relu"):
+        add(folder, "int8")
+
+
+def test_flags_are_read_as_linux_writes_them(tmp_path: Path) -> None:
+    for name in ("flags", "Features"):
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{name}\t\t: fpu avx2 bf16\n\nprocessor\t: 1\n{name}: fpu\n")
+        assert cpu.flags(tmp_path / "cpuinfo") == {"fpu", "avx2", "bf16"}
+    assert cpu.flags(tmp_path / "nothing") == frozenset()
+    assert cpu.lacks("float32") is None
+
+
+# --- the kernels, against torch --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+@pytest.fixture
+def space() -> Workspace:
+    return Workspace(torch.float32)
+
+
+def product(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, Weight]:
+    """A random weight, its bias and both quantized; one input is far larger than the others."""
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    largest = torch.ones(inputs)
+    largest[3] = 100
+    return weight, bias, quantized(weight, bias, largest)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("outputs", [16, 33, 384])
+def test_a_product(kernels: Kernels, space: Workspace, rows: int, outputs: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, small = product(outputs, 96)
+    tokens = torch.randn(rows, 96) + 0.5
+    tokens[:, 3] *= 100
+    out = kernels.product(kernels.quantize(tokens, small, space), small, torch.empty(rows, outputs), space)
+    expected = functional.linear(tokens, weight, bias)
+    assert (out - expected).abs().max() < 0.02 * functional.linear(tokens.abs(), weight.abs()).mean()
+    assert small.outliers.shape == (OUTLIERS, outputs)
+    assert 3 in small.places
+
+
+def test_gelu_and_norm(kernels: Kernels, space: Workspace) -> None:
+    """Quantized again by the kernel: undone here, to see what it computed."""
+    torch.manual_seed(0)
+    _, _, up = product(128, 64)
+    _, _, after = product(32, 128)
+    tokens = torch.randn(9, 64)
+    rows = kernels.quantize(tokens, up, space)
+    exact = kernels.product(rows, up, torch.empty(9, 128), space)
+    values = undone(kernels.gelu(rows, up, after, space), after)
+    torch.testing.assert_close(values, functional.gelu(exact), atol=float(exact.abs().max()) / 120, rtol=0)
+
+    class Learned:
+        weight, bias, epsilon = torch.rand(128), torch.randn(128), 1e-5
+
+    residual = torch.randn(9, 128)
+    expected = functional.layer_norm(exact + residual, (128,), Learned.weight, Learned.bias, Learned.epsilon)
+    normed = kernels.add_norm(rows, up, residual, Learned, after, space)  # type: ignore[arg-type]
+    torch.testing.assert_close(residual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(undone(normed, after), expected, atol=float(expected.abs().max()) / 100, rtol=0)
+
+
+def undone(rows: object, after: Weight) -> torch.Tensor:
+    steps, scales, middles, outliers = rows  # type: ignore[misc]
+    values = steps.float() * scales[:, None] + middles[:, None]
+    return values.index_copy(1, after.places, outliers)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_softmax(kernels: Kernels, biased: bool) -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(3, 37, 37) * 30
+    bias = torch.randn(3, 37, 37) if biased else None
+    expected = (scores * 0.5 + (bias if bias is not None else 0)).softmax(-1)
+    torch.testing.assert_close(kernels.softmax(scores.clone(), bias, 0.5), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_that_the_stack_does_not_take(kernels: Kernels, space: Workspace) -> None:
+    _, _, wide = product(4, 20_000)
+    with pytest.raises(RuntimeError, match="does not take rows of this length"):
+        kernels.quantize(torch.zeros(1, 20_000), wide, space)
+
+
+def test_prepared_weights_are_mapped() -> None:
+    assert packed.PREPARED == {"bfloat16": "bfloat16.safetensors", "int8": "int8.safetensors"}
