@@ -193,11 +193,12 @@ begin atomic
     select f.key from autoembed.frontier f where f.registration = (s).registration and f.beyond = (s).beyond;
 end;
 
--- A call's end, for the next one's beginning; a caller who may not write state leaves it as it is.
+-- A call's end, for the next one's beginning; a caller who may not write state leaves it as it is, as does one whose
+-- column was dropped meanwhile.
 create function autoembed.set_frontier(s autoembed.shape, key jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if not autoembed.owns((select r.relation from autoembed.registration r where r.id = s.registration)) then
+    if autoembed.owns((select r.relation from autoembed.registration r where r.id = s.registration)) is not true then
         return;
     end if;
     if key is null then

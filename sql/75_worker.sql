@@ -27,10 +27,11 @@ end;
 create function autoembed.take_place(workers integer) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
+    role oid := (select r.oid from pg_roles r where r.rolname = current_user);  -- regrole would fold the name's case
     place bigint;
 begin
     for n in 1 .. workers loop
-        place := hashtextextended(format('autoembed worker %s %s', current_user::regrole::oid, n), 0);
+        place := hashtextextended(format('autoembed worker %s %s', role, n), 0);
         if pg_try_advisory_lock(place) then
             return place;
         end if;

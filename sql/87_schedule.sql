@@ -96,8 +96,8 @@ begin
     else
         begin
             return query execute format('select * from %s($1, $2) as (answer text)', dblink)
-                using format('host=%s port=%s dbname=%L user=%L', quote_literal(split_part(autoembed.socket_directory(), ',', 1)),
-                             current_setting('port'), cron_database, current_user), query;
+                using format('host=%s port=%s dbname=%s user=%s', autoembed.connection_value(split_part(autoembed.socket_directory(), ',', 1)),
+                             current_setting('port'), autoembed.connection_value(cron_database), autoembed.connection_value(current_user)), query;
         exception when others then
             if sqlerrm ~ '^(canceling|terminating)' then raise; end if;
             raise exception using errcode = 'object_not_in_prerequisite_state',
@@ -108,6 +108,13 @@ begin
     end if;
 end
 $$;
+
+-- libpq's quotes are not SQL's
+create function autoembed.connection_value(value text) returns text
+language sql immutable
+begin atomic
+    select '''' || replace(replace(value, '\', '\\'), '''', '\''') || '''';
+end;
 
 create function autoembed.socket_directory() returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -134,12 +141,14 @@ begin atomic
                 else schedule end;
 end;
 
--- Everything qualified and all arguments named: anybody may put an embed_pending(int) of his own on a path.
+-- Everything qualified, all arguments named and of their very types: anybody may put an embed_pending(int) of his own on
+-- a path, and where the schema lets him an embed_worker whose totals are integers, which fit a plain 0 better.
 create function autoembed.job_command(schedule text, batch integer, workers integer) returns text
 language sql stable
 begin atomic
     select case when schedule = 'worker' or (schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds())
-        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, embedded => 0, failed => 0, skipped => 0)', batch, workers)
+        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, '
+                    'embedded => 0::bigint, failed => 0::bigint, skipped => 0::bigint)', batch, workers)
         else format('call autoembed.tick(batch => %s)', batch) end;
 end;
 
@@ -221,7 +230,7 @@ end;
 create function autoembed.unschedule_query(role name, beyond integer) returns text
 language sql stable
 begin atomic
-    select format('select cron.unschedule(j.jobid)::text from cron.job j where j.database = %1$L and starts_with(j.jobname, %2$L) and substring(j.jobname from ''[0-9]+$'')::integer > %3$s%4$s',
+    select format('select cron.unschedule(j.jobid)::text from cron.job j where j.database = %1$L and starts_with(j.jobname, %2$L) and substring(j.jobname from '' ([0-9]{1,9})$'')::integer > %3$s%4$s',
                   current_database(), format('pg_autoembed %s ', current_database()), beyond,
                   case when role is not null then format(' and j.username = %L', role) end);
 end;

@@ -19,7 +19,8 @@ CRON = {"shared_preload_libraries": "pg_cron", "cron.database_name": "autoembed"
 TABLE = "create table {} (id int primary key, content text, embedding vector(384))"
 JOBS = "select username, schedule, command from cron.job order by jobid"
 WORKER = (
-    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, embedded => 0, failed => 0, skipped => 0)"
+    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, "
+    "embedded => 0::bigint, failed => 0::bigint, skipped => 0::bigint)"
 )
 HOSTILE = "create procedure {}.embed_pending(batch int) language sql as 'select 1/0'"
 FUNCTIONS = "function embed_schedule, function embed_unschedule, procedure embed_pending, procedure embed_worker"
@@ -112,10 +113,24 @@ def test_idempotent_and_resized(db: Connection) -> None:
         assert len(rows(db, "select * from embed_schedule('worker', workers => %s)", workers)) == jobs
         assert scalar(db, "select count(*) from cron.job") == jobs
     assert scalar(db, "select bool_and(command ~ 'workers => 2') from cron.job")
-    db.execute("select cron.schedule('mine', '0 0 * * *', 'select 1')")
+    others = [("mine",), ("pg_autoembed autoembed 20261231235959",)]
+    for (name,) in others:
+        db.execute("select cron.schedule(%s, '0 0 * * *', 'select 1')", [name])
     assert scalar(db, "select embed_unschedule()") == 2
-    assert rows(db, "select jobname from cron.job") == [("mine",)]
+    assert rows(db, "select jobname from cron.job order by jobid") == others
     assert scalar(db, "select embed_unschedule()") == 0
+
+
+def test_another_embed_worker_in_the_same_schema(db: Connection) -> None:
+    """Its integers fit plain numbers better than the true one's bigints do."""
+    totals = ("embedded", "failed", "skipped")
+    arguments = ", ".join(["batch int", "max_seconds int", "workers int", *(f"inout {total} int" for total in totals)])
+    db.execute(f"create procedure embed_worker({arguments}) language sql as 'select 1/0, 1, 1'".encode())
+    try:
+        command = scalar(db, "select command from embed_schedule('worker')")
+        db.execute(str(command).replace("max_seconds => 55", "max_seconds => 0").encode())
+    finally:
+        db.execute("drop procedure embed_worker(int, int, int, int, int, int)")
 
 
 def test_each_owner_has_his_job(db: Connection, server: Server) -> None:

@@ -277,6 +277,14 @@ def test_each_role_has_a_worker_of_its_own(
     db.execute("drop owned by alice cascade")
 
 
+def test_role_whose_name_needs_quotes(db: Connection) -> None:
+    db.execute("""create role "Alice.B"; grant execute on procedure embed_worker to "Alice.B"; set role "Alice.B" """)
+    try:
+        assert rows(db, "call embed_worker(max_seconds => 0)") == [(0, 0, 0)]
+    finally:
+        db.execute("""reset role; drop owned by "Alice.B"; drop role "Alice.B" """)
+
+
 @pytest.mark.parametrize(
     "arguments", ["batch => 0", "max_seconds => -1", "workers => 0", "workers => 65", "workers => null"]
 )

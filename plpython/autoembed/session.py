@@ -270,6 +270,8 @@ class Session:
         finally:
             self.give_up(place)
             self.leave(isolation)
+            if totals.tokens:
+                self.models.rest()
         if totals.embedded or totals.failed or totals.skipped:
             self.log(totals, time.monotonic() - started)
         return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
