@@ -89,7 +89,7 @@ def test_the_servers_dimension_does_not_hinder_keeping_models(
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["model"], ["model", "add"], ["model", "add", "x", "--precision", "int8"]):
+    for arguments in ([], ["model"], ["model", "add"], ["model", "add", "x", "--precision", "int4"]):
         with pytest.raises(SystemExit) as ended:
             cli.main(arguments)
         assert ended.value.code == 2

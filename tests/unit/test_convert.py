@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import models_for_tests as made
-from autoembed import convert, install, models
+from autoembed import convert, install, models, settings
 from autoembed import layout as layouts
 from autoembed.convert import Options
 from autoembed.errors import BrokenModel, InvalidOption, MissingFile, UnsupportedModel
@@ -149,7 +149,7 @@ def test_pooling_and_normalisation_are_chosen(roberta: Path, tmp_path: Path, poo
     expected = {"mean": states.mean(0), "cls": states[0], "max": states.max(0).values}[pooling].numpy()
     if normalize:
         expected = expected / np.linalg.norm(expected)
-    current = Settings(None, tmp_path / "shelf", 32, "cpu", None, None, None, "float32", None, (), 128)
+    current = settings.read({"EMBEDDING_MODEL_DIR": str(tmp_path / "shelf"), "EMBEDDING_DEVICE": "cpu"})
     encoder = models.load(models.find(current), current)
     np.testing.assert_allclose(encoder.encode(encoder.tokenize([text]), lambda: None)[0], expected, atol=2e-6)
 
@@ -167,9 +167,9 @@ def test_a_folder_with_modules_decides_itself(folders: dict[str, Path], tmp_path
     assert raised.value.sqlstate == "22023"
 
 
-def test_only_float32(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InvalidOption, match="must be float32"):
-        install.add(folders["tiny-mpnet"], tmp_path, options=Options(precision="int8"))
+def test_an_unknown_precision(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InvalidOption, match="must be float32 or bfloat16 or int8, not int4"):
+        install.add(folders["tiny-mpnet"], tmp_path, options=Options(precision="int4"))
 
 
 def test_a_bare_folder_without_a_width(roberta: Path, tmp_path: Path) -> None:

@@ -24,14 +24,15 @@ def test_every_variable_is_read() -> None:
             "EMBEDDING_MAX_SEQ_LENGTH": "128",
             "EMBEDDING_DIMENSIONS": "384",
             "EMBEDDING_THREADS": "2",
-            "EMBEDDING_PRECISION": "float32",
+            "EMBEDDING_PRECISION": "int8",
             "EMBEDDING_MAX_MEMORY_MB": "2048",
+            "EMBEDDING_MAX_MODELS": "5",
             "EMBEDDING_PRELOAD": "one, two,",
             "EMBEDDING_IMMEDIATE_ROWS": "0",
         }
     )
     assert read == settings.Settings(
-        "all-MiniLM-L6-v2", Path("/srv/models"), 64, "cpu", 128, 384, 2, "float32", 2048, ("one", "two"), 0
+        "all-MiniLM-L6-v2", Path("/srv/models"), 64, "cpu", 128, 384, 2, "int8", 2048, 5, ("one", "two"), 0
     )
 
 
@@ -48,7 +49,7 @@ def test_empty_is_unset() -> None:
         ("EMBEDDING_THREADS", "-1", "whole number"),
         ("EMBEDDING_DIMENSIONS", "16001", "from 1 to 16000"),
         ("EMBEDDING_DEVICE", "tpu", "auto or cpu or cuda or mps"),
-        ("EMBEDDING_PRECISION", "int8", "must be float32"),
+        ("EMBEDDING_PRECISION", "int4", "must be float32 or bfloat16 or int8"),
         ("EMBEDDING_MODEL_DIR", "models", "absolute path"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from autoembed import threads
 from autoembed.threads import Policy
 
-BULK = 2000
+BULK = 4000
 
 
 @dataclass
