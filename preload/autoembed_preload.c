@@ -13,6 +13,8 @@
  */
 #include "postgres.h"
 
+#include <dlfcn.h>
+#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -38,9 +40,8 @@ extern PGDLLEXPORT void _PG_init(void);
 	"from autoembed.preload import start\n" \
 	"start(GD, plpy.warning, api_version=1)\n"
 
-#ifdef __GLIBC__
 static pid_t postmaster;
-#endif
+static void (*after_fork) (void);
 
 static bool
 is_blank(const char *text)
@@ -139,6 +140,18 @@ python_starts(void)
 	return false;
 }
 
+/*
+ * Python must be told of a fork, or what it has set up for one process goes on
+ * in all of them: every session would draw the same random numbers.  Not of
+ * the forks that Python makes itself, which it knows of.
+ */
+static void
+tell_python(void)
+{
+	if (getppid() == postmaster)
+		after_fork();
+}
+
 #ifdef __GLIBC__
 /*
  * The destructors of torch and the like would walk all that a process has
@@ -172,8 +185,11 @@ _PG_init(void)
 	if (!python_starts())
 		return;
 	try_block(LOAD_MODELS, WARNING);
-#ifdef __GLIBC__
 	postmaster = getpid();
+	after_fork = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Child");
+	if (after_fork != NULL)
+		pthread_atfork(NULL, NULL, tell_python);
+#ifdef __GLIBC__
 	on_exit(skip_destructors, NULL);	/* runs before what was registered earlier */
 	malloc_trim(0);
 #endif

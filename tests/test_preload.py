@@ -48,6 +48,12 @@ import torch
 return torch.get_num_threads()
 $$
 """
+DRAW = """
+create or replace function pg_temp.draw() returns text language plpython3u as $$
+import random
+return str(random.random())
+$$
+"""
 EXIT = "do language plpython3u 'import ctypes; ctypes.CDLL(None).exit(0)'"
 
 
@@ -392,3 +398,13 @@ def test_no_plpython(troubled: Server, tmp_path: Path) -> None:
     program = Path(shutil.copy(places["bindir"] / "postgres", there["bindir"]))
     said = log_of_a_start(troubled, program=program)
     assert "WARNING:  no embedding model was preloaded: could not access file" in said
+
+
+def test_sessions_draw_numbers_of_their_own(preloading: Server) -> None:
+    """Whose seed the postmaster had set would be everybody's."""
+    drawn = set()
+    for _ in range(3):
+        with preloading.connect() as connection:
+            connection.execute(DRAW)
+            drawn.add(scalar(connection, "select pg_temp.draw()"))
+    assert len(drawn) == 3

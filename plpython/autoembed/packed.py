@@ -97,6 +97,8 @@ class PackedEncoder:
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
         torch.set_num_threads(self.policy.threads(sum(text.length for text in texts)))
+        if not all(text.length for text in texts):
+            raise ValueError("a text without any token has no vector")
         return self.loaded.encode(texts, Sparse(checkpoint))
 
     def use_threads(self, fixed: int | None) -> None:

@@ -96,6 +96,18 @@ def check(shape: Shape) -> None:
         raise UnsupportedNetwork(f"int8 needs layers from {OUTLIERS} to {LARGEST_ROW} wide")
 
 
+def check_weight(weight: Weight, inputs: int) -> None:
+    """int8.c takes these shapes for granted, and would write where `places` say."""
+    outputs = weight.outputs
+    expected = ((outputs, inputs), (outputs,), (outputs,), (outputs,), (OUTLIERS, outputs), (OUTLIERS,))
+    types = (torch.int8, *[torch.float32] * 4, torch.int64)
+    for tensor, shape, dtype in zip(weight, expected, types, strict=True):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError("the int8 weights are not of the shapes that the model's configuration says")
+    if not bool(((weight.places >= 0) & (weight.places < inputs)).all()):
+        raise ValueError("the int8 weights name inputs that there are not")
+
+
 class Watched:
     """A matrix product that remembers the largest of each input."""
 
@@ -131,6 +143,12 @@ class QuantizedLayer:
         self.joined, self.output, self.up, self.down = (
             Weight(*(weights[f"{name[0]}.{part}"] for part in Weight._fields)) for name in names.products
         )
+        for weight, inputs in zip(
+            (self.joined, self.output, self.up, self.down),
+            (shape.width, shape.width, shape.width, shape.inner),
+            strict=True,
+        ):
+            check_weight(weight, inputs)
         self.attention_norm = Norm(weights, names.attention_norm, shape.epsilon)
         self.norm = Norm(weights, names.norm, shape.epsilon)
 
