@@ -48,10 +48,10 @@ def hungry(rig: Rig, model_dir: Path, tmp_path: Path) -> str:
 
 
 def declare(db: Connection, knowledge: Knowledge, model: str) -> None:
-    """One row is filled, so that the session has its model."""
-    knowledge(texts=["warm"], dimensions=64)
+    """Whole micro-batches are filled first: the session has its model, its threads and their buffers."""
+    knowledge(texts=["word " * 200] * 16, dimensions=64)
     db.execute("select embed_column('knowledge', 'content'::name, model => %s::text)", [model])
-    assert fill(db) == (1, 0, 0)
+    assert fill(db) == (16, 0, 0)
 
 
 def limit_memory(connection: Connection, leeway: int) -> None:
