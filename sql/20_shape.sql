@@ -101,7 +101,8 @@ begin atomic
         where t.oid = type and t.typname = 'vector');
 end;
 
--- the primary key, or the smallest unique key without nulls, expressions or a predicate
+-- the primary key, or the smallest unique key without nulls, expressions, a predicate, or another order than its
+-- types' own: rows are claimed in that order, and a cursor of another would skip some
 create function autoembed.key_index(relation oid) returns oid
 language sql stable
 begin atomic
@@ -115,6 +116,9 @@ begin atomic
           select from pg_catalog.pg_attribute a
           where a.attrelid = relation and not a.attnotnull
             and a.attnum = any ((i.indkey::smallint[])[0 : i.indnkeyatts - 1]))
+      and not exists (
+          select from pg_catalog.pg_opclass o
+          where o.oid = any ((i.indclass::oid[])[0 : i.indnkeyatts - 1]) and not o.opcdefault)
     order by i.indisprimary desc, i.indnkeyatts, i.indexrelid
     limit 1;
 end;

@@ -524,6 +524,13 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
         UNSUITABLE + "it has neither a primary key nor a unique key without nulls",
         NO_KEY,
     ),
+    "key in another order than its type's": (
+        KEYLESS + "; alter table docs alter content set not null;"
+        "create unique index on docs (content text_pattern_ops)",
+        "55000",
+        UNSUITABLE + "it has neither a primary key nor a unique key without nulls",
+        NO_KEY,
+    ),
     "deferrable key": (
         KEYLESS + "; alter table docs add primary key (id) deferrable",
         "55000",

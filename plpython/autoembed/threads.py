@@ -17,8 +17,8 @@ STAT = Path("/proc/stat")
 # In tokens times bytes of weights: a query to a small model is done before a second thread has woken up. A large one
 # reads its weights twice as fast with two threads.
 WORK_FOR_ONE = 3_000_000_000
-# The kernel counts in hundredths of a second: a shorter look says nothing.
-SHORTEST_LOOK = 0.1
+# The kernel counts in hundredths of a second: a shorter look says nothing. A longer one tells of what is over.
+SHORTEST_LOOK, LONGEST_LOOK = 0.1, 2.0
 
 
 class Policy:
@@ -41,13 +41,20 @@ class Policy:
         clock, everyone, own = self._look()
         elapsed = clock - self.looked[0]
         if elapsed >= SHORTEST_LOOK:
-            others = (everyone - self.looked[1] - (own - self.looked[2])) / elapsed
+            average = (everyone - self.looked[1] - (own - self.looked[2])) / elapsed
+            others = average if elapsed <= LONGEST_LOOK else running() - 1
             self.free = max(1, min(self.cores, round(self.cores - others)))
             self.looked = (clock, everyone, own)
         return self.free
 
     def _look(self) -> tuple[float, float, float]:
         return time.monotonic(), self.used(), time.process_time()
+
+
+def running() -> int:
+    """Tasks that run or wait for a core at this moment, this one among them; 1 where the kernel does not say."""
+    lines = STAT.read_text().splitlines() if STAT.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("procs_running")), 1)
 
 
 def cores() -> int:

@@ -78,6 +78,21 @@ def test_a_look_too_short_for_the_kernels_clock_changes_nothing(machine: Machine
     assert one.threads(BULK) == 1
 
 
+@pytest.mark.parametrize(("running", "left"), [(1, 4), (2, 3), (9, 1)])
+def test_what_is_over_does_not_count(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, running: int, left: int
+) -> None:
+    """After a pause, who runs now decides, and not who has run in it."""
+    monkeypatch.setattr(threads, "running", lambda: running)
+    one = policy(machine)
+    machine.run(60, own=0, others=4)
+    assert one.threads(BULK) == left
+
+
+def test_this_process_runs() -> None:
+    assert threads.running() >= 1
+
+
 def test_a_query_has_one_and_a_bulk_run_after_it_has_all(machine: Machine) -> None:
     one = policy(machine)
     assert one.threads(11) == 1
