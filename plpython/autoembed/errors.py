@@ -75,6 +75,10 @@ class UnknownModel(AutoembedError):
     sqlstate = "22023"
 
 
+class NoDefaultModel(UnknownModel):
+    """no model was named, and the default model "{name}" is not in the model directory {directory}"""
+
+
 class ModelExists(AutoembedError):
     """model "{name}" is already there with other content or options"""
 

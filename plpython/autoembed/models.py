@@ -20,6 +20,7 @@ from autoembed.errors import (
     BrokenModel,
     ChangedModel,
     InvalidName,
+    NoDefaultModel,
     OutOfMemory,
     UnknownModel,
     UnreadableModel,
@@ -80,6 +81,8 @@ def check_name(name: str) -> str:
 
 def find(settings: Settings, name: str | None = None) -> Model:
     """The model of this name, or the default one."""
+    if name is None and not (settings.model_dir / default_name(settings)).is_dir():
+        raise NoDefaultModel(name=default_name(settings), directory=settings.model_dir, hint=_way_out(settings))
     name = check_name(name) if name is not None else default_name(settings)
     folder = settings.model_dir / name
     manifest = _manifest(folder, name, settings.model_dir)
@@ -185,6 +188,14 @@ def _manifest(folder: Path, name: str, directory: Path) -> Manifest:
 
 def _add_hint(folder: Path) -> str:
     return f"A folder becomes a model by `python -m autoembed model add {folder} --name ANOTHER_NAME`."
+
+
+def _way_out(settings: Settings) -> str:
+    names = registered(settings.model_dir)
+    if not names:
+        return _choice(settings.model_dir)
+    ways = f"Name one (model => '{names[0]}'), or set EMBEDDING_MODEL_NAME in the server's environment."
+    return f"{ways} {_choice(settings.model_dir)}"
 
 
 def _choice(directory: Path) -> str:
