@@ -1,8 +1,10 @@
 -- A worker looks at the partial indexes, sleeps, and looks again; asleep it holds nothing but its place.
 
 -- Is a row in the partial index? It may be held back by a failure: then a fill finds that out.
+-- It waits for no table that somebody holds (an index is built, say): its owner's other tables would wait as well.
 create function autoembed.has_pending(s autoembed.shape) returns boolean
-language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
+language plpgsql volatile
+set lock_timeout = '100ms' set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare
     found pg_catalog.bool;
 begin

@@ -134,6 +134,24 @@ def test_one_broken_model_keeps_no_other_column_waiting(
     assert [n.severity for n in heard if "fading" in str(n.message)] == ["WARNING"]
 
 
+def test_locked_table_keeps_no_other_waiting(
+    db: Connection, connect: Connect, knowledge: Knowledge, declared: Knowledge
+) -> None:
+    """An index that is built for hours, or VACUUM FULL."""
+    declared(2)
+    knowledge(2, relation="held")
+    db.execute("select embed_column('held', 'content'::name)")
+    holder = connect()
+    with holder.transaction():
+        holder.execute("lock table held in share mode")
+        with working(db, connect()) as worker:
+            wait_for(db)
+            db.execute("insert into knowledge (content) values ('one more')")
+            wait_for(db)
+            assert not worker.done
+    assert (pending(db), pending(db, "held")) == (0, 2)
+
+
 def test_failing_rows_do_not_keep_it_busy(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:
     declared(0, texts=["a raiseword text", "a fine text"])
     with working(db, connect()) as worker:

@@ -20,7 +20,7 @@ from autoembed.convert import Options
 from autoembed.encoder import Encoder
 from autoembed.errors import BrokenModel, InvalidOption
 from autoembed.network import Workspace
-from autoembed.quantized import OUTLIERS, Kernels, Weight, quantized
+from autoembed.quantized import OUTLIERS, Kernels, Rows, Weight, quantized
 from autoembed.settings import Settings
 from unit.test_encoder import TEXTS
 
@@ -194,8 +194,8 @@ def test_gelu_and_norm(kernels: Kernels, space: Workspace) -> None:
     torch.testing.assert_close(undone(normed, after), expected, atol=float(expected.abs().max()) / 100, rtol=0)
 
 
-def undone(rows: object, after: Weight) -> torch.Tensor:
-    steps, scales, middles, outliers = rows  # type: ignore[misc]
+def undone(rows: Rows, after: Weight) -> torch.Tensor:
+    steps, scales, middles, outliers = rows
     values = steps.float() * scales[:, None] + middles[:, None]
     return values.index_copy(1, after.places, outliers)
 
