@@ -17,8 +17,10 @@ STAT = Path("/proc/stat")
 # In tokens times bytes of weights: a query to a small model is done before a second thread has woken up. A large one
 # reads its weights twice as fast with two threads.
 WORK_FOR_ONE = 3_000_000_000
-# The kernel counts in hundredths of a second: a shorter look says nothing. A longer one tells of what is over.
-SHORTEST_LOOK, LONGEST_LOOK = 0.1, 2.0
+# The kernel counts in hundredths of a second: a shorter look says nothing. A longer one tells of what is over,
+# but a pass of a large model on one thread must fit into it.
+SHORTEST_LOOK, LONGEST_LOOK = 0.1, 10.0
+SAMPLES, BETWEEN_SAMPLES = 3, 0.002
 
 
 class Policy:
@@ -52,9 +54,16 @@ class Policy:
 
 
 def running() -> int:
-    """Tasks that run or wait for a core at this moment, this one among them; 1 where the kernel does not say."""
-    lines = STAT.read_text().splitlines() if STAT.exists() else []
-    return next((int(line.split()[1]) for line in lines if line.startswith("procs_running")), 1)
+    """Tasks that run or wait for a core, this one among them; 1 where the kernel does not say.
+
+    The least of some samples: threads that fall asleep, ours among them, are no load.
+    """
+    found = []
+    for _ in range(SAMPLES):
+        lines = STAT.read_text().splitlines() if STAT.exists() else []
+        found.append(next((int(line.split()[1]) for line in lines if line.startswith("procs_running")), 1))
+        time.sleep(BETWEEN_SAMPLES)
+    return max(1, min(found))
 
 
 def cores() -> int:

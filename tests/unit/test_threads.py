@@ -30,6 +30,9 @@ class Machine:
     def monotonic(self) -> float:
         return self.clock
 
+    def sleep(self, seconds: float) -> None:
+        pass
+
     def process_time(self) -> float:
         return self.own
 
