@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from autoembed import memory
 from autoembed.encoder import Encoder
 from autoembed.errors import OutOfMemory
 from autoembed.models import MEGABYTE, Model
@@ -106,14 +105,11 @@ class Cache:
             loaded.encoder.close()
         if gone:
             self.tell()
-            memory.trim()
 
     def rest(self) -> None:
         """Give back what only encoding needs."""
         for loaded in self.loaded.values():
             loaded.encoder.rest()
-        if self.loaded:
-            memory.trim()
 
     def tell(self) -> None:
         self.page.write([loaded.describe() for loaded in self.loaded.values()])

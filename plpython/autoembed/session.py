@@ -163,8 +163,12 @@ class Session:
             self.leave(isolation)
             if totals.tokens:
                 self.models.rest()
+        return self.conclude(totals, time.monotonic() - started)
+
+    def conclude(self, totals: Totals, seconds: float) -> dict[str, int]:
+        """The call's line in the server's log, if it did anything, and its INOUT arguments."""
         if totals.embedded or totals.failed or totals.skipped:
-            self.log(totals, time.monotonic() - started)
+            self.log(totals, seconds)
         return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
 
     def fill_columns(self, batch: int, oid: int | None, totals: Totals, limits: Limits) -> None:
@@ -272,9 +276,7 @@ class Session:
             self.leave(isolation)
             if totals.tokens:
                 self.models.rest()
-        if totals.embedded or totals.failed or totals.skipped:
-            self.log(totals, time.monotonic() - started)
-        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
+        return self.conclude(totals, time.monotonic() - started)
 
     def worker(self, batch: int, max_seconds: int | None, totals: Totals) -> Worker:
         def fill(column: Column, totals: Totals, limits: Limits) -> None:

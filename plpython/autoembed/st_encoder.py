@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoembed import offline
+from autoembed import memory, offline
 from autoembed.encoder import Tokenized
 from autoembed.errors import BrokenModel, MissingPackage, OutOfMemory
 
@@ -114,7 +113,7 @@ class StEncoder:
 
     def _release(self) -> None:
         """Give a device's memory back: its allocator keeps what a failed pass took."""
-        gc.collect()
+        memory.trim()
         if self.device == "cuda":
             import torch
 
