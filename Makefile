@@ -14,7 +14,7 @@ JOBS ?= $(shell nproc)
 export PG_CONFIG PYTHON TORCH_VERSION TORCH_INDEX AUTOEMBED_BIN DEMO_MODEL JOBS DESTDIR PYTEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all up down dsn psql install uninstall bench lint clean dev
+.PHONY: help demo test test-all up down dsn psql install dependencies uninstall bench lint clean dev image image-test
 .NOTPARALLEL:
 
 help:       ## this list
@@ -53,6 +53,9 @@ endif
 ifndef DESTDIR
 	@scripts/model.sh
 endif
+
+dependencies:  # the part of install that changes least, for the image's layers
+	@scripts/site.sh dependencies
 
 uninstall:  ## take it away again; models stay
 	@scripts/extension.sh remove

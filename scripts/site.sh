@@ -60,5 +60,6 @@ package_stamp() { (cd "$ROOT" && find plpython pyproject.toml -name '*.py' -o -n
 check_python
 STAMP="python $(python_version), torch $TORCH_VERSION, $(requirements dependencies | tr '\n' ' ')"
 is_stamped "$TARGET/dependencies.stamp" "$STAMP" || install_dependencies "$STAMP"
+[ "${1:-}" != dependencies ] || exit 0  # an image keeps them as a layer of their own
 STAMP=$(package_stamp)
 is_stamped "$TARGET/package.stamp" "$STAMP" || install_package "$STAMP"
