@@ -206,7 +206,7 @@ def beside_a_client(connection: psycopg.Connection, dimensions: int, options: Na
         for row in texts:
             copy.write_row(row)
     some = f"select array_agg(content) from (select content from {relation} limit {BATCH}) c"
-    encode = f"select cardinality(embed(({some})))"
+    encode = f"select cardinality(embed(({some}), {quoted(connection, options.model)}))"
     worker = connect()
     run(worker, f"set session authorization {ROLE}")
     run(worker, encode)  # loads the model
