@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -54,6 +55,19 @@ def seconds(action: Callable[[], object]) -> float:
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
+
+
+def server_seconds(connection: psycopg.Connection, action: Callable[[], object]) -> float:
+    """Processor seconds of the connection's backend: what waits and other processes do to the clock is not in them."""
+    stat = Path(f"/proc/{connection.info.backend_pid}/stat")
+
+    def used() -> int:
+        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
+        return int(user) + int(system)
+
+    before = used()
+    action()
+    return (used() - before) / os.sysconf("SC_CLK_TCK")
 
 
 def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
