@@ -67,10 +67,10 @@ begin
 end
 $$;
 
-create function autoembed.lock_relation(name text) returns boolean
+create function autoembed.lock_relation(name text, mode text default 'row exclusive mode') returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    execute format('lock table %s in row exclusive mode', name);
+    execute format('lock table %s in %s', name, mode);
     return true;
 exception when undefined_table or invalid_schema_name or wrong_object_type then
     return false;

@@ -25,15 +25,21 @@ begin atomic
     from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation;
 end;
 
--- One of the current user's places in this database, if one is free: a session-level lock.
+-- The session-level locks of a role's workers in this database: as many places as there may be workers.
+create function autoembed.places(role oid, workers integer) returns bigint[]
+language sql immutable
+begin atomic
+    select array(select hashtextextended(format('autoembed worker %s %s', role, n), 0) from generate_series(1, workers) n);
+end;
+
+-- One of the current user's places, if one is free.
 create function autoembed.take_place(workers integer) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    role oid := (select r.oid from pg_roles r where r.rolname = current_user);  -- regrole would fold the name's case
     place bigint;
 begin
-    for n in 1 .. workers loop
-        place := hashtextextended(format('autoembed worker %s %s', role, n), 0);
+    -- by its oid, not as regrole, which would fold the name's case
+    foreach place in array autoembed.places((select r.oid from pg_roles r where r.rolname = current_user), workers) loop
         if pg_try_advisory_lock(place) then
             return place;
         end if;
@@ -41,6 +47,16 @@ begin
     return null;
 end
 $$;
+
+create function autoembed.is_working(role oid) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from unnest(autoembed.places(role, 64)) p
+        join pg_catalog.pg_locks l on l.locktype = 'advisory' and l.objsubid = 1
+            and l.classid = ((p >> 32) & 4294967295)::oid and l.objid = (p & 4294967295)::oid
+        join pg_catalog.pg_database d on d.oid = l.database and d.datname = current_database());
+end;
 
 create procedure embed_worker(
     batch integer default 32, max_seconds integer default 3600, workers integer default 1,

@@ -31,14 +31,14 @@ end
 $$;
 
 -- As has_pending, without a shape: to make one takes longer than all the rest of a tick.
-create function autoembed.probe(r autoembed.registration) returns boolean
+create function autoembed.probe(r autoembed.registration, mode text default 'row exclusive mode') returns boolean
 language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare
     rows pg_catalog.text := autoembed.rows_of(r.relation);
     target pg_catalog.name := autoembed.column_name(r.relation, r.target);
     found pg_catalog.bool;
 begin
-    if rows is null or target is null or not autoembed.lock_relation(rows)
+    if rows is null or target is null or not autoembed.lock_relation(rows, mode)
         or not autoembed.is_own(r.relation) or rows operator(pg_catalog.<>) autoembed.rows_of(r.relation) or not autoembed.is_sound(r) then
         return false;
     end if;
@@ -226,12 +226,19 @@ begin atomic
         else format('select cron.schedule_in_database(%L, %L, %L, %L, %L)::text', autoembed.job_name(number), schedule, command, current_database(), role) end;
 end;
 
--- jobs of this database beyond that number; of all roles where `role` is null
+-- condition over cron.job j: a job of this database beyond that number
+create function autoembed.own_jobs(beyond integer) returns text
+language sql stable
+begin atomic
+    select format('j.database = %1$L and starts_with(j.jobname, %2$L) and substring(j.jobname from '' ([0-9]{1,9})$'')::integer > %3$s',
+                  current_database(), format('pg_autoembed %s ', current_database()), beyond);
+end;
+
+-- of all roles where `role` is null
 create function autoembed.unschedule_query(role name, beyond integer) returns text
 language sql stable
 begin atomic
-    select format('select cron.unschedule(j.jobid)::text from cron.job j where j.database = %1$L and starts_with(j.jobname, %2$L) and substring(j.jobname from '' ([0-9]{1,9})$'')::integer > %3$s%4$s',
-                  current_database(), format('pg_autoembed %s ', current_database()), beyond,
+    select format('select cron.unschedule(j.jobid)::text from cron.job j where %s%s', autoembed.own_jobs(beyond),
                   case when role is not null then format(' and j.username = %L', role) end);
 end;
 

@@ -45,5 +45,5 @@ revoke all on function embed_schedule(text, integer, integer), embed_unschedule(
 
 grant select on
     embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput, embedding_failures,
-    embedding_truncations, embedding_sessions
+    embedding_truncations, embedding_sessions, embedding_health
     to public;

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import platform
+import time
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
+SLOW_GFLOPS = 10.0
+BLAS_HINT = "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-pthread."
 # Any one of them will do.
 NEEDED = {
     "float32": frozenset[str](),
@@ -31,3 +34,16 @@ def lacks(precision: str) -> str | None:
         return None
     names = ", ".join(sorted(needed))
     return f"this processor ({platform.machine()}) has none of {names}: {precision} would be slower than float32"
+
+
+def matmul_gflops(size: int = 768) -> float:
+    """The best of three float32 products, after one to warm up."""
+    import torch
+
+    left, right = torch.rand(size, size), torch.rand(size, size)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return float(2 * size**3 / min(seconds[1:]) / 1e9)

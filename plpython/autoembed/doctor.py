@@ -8,18 +8,16 @@ import platform
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoembed import __version__, device, models, settings
+from autoembed import __version__, cpu, device, models, settings
 from autoembed.errors import AutoembedError
 
 OK, WARNING, WRONG, INFO = "ok", "warning", "WRONG", ""
 PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "safetensors", "numpy", "orjson")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
-SLOW_GFLOPS = 10.0
 EXTENSIONS = (
     ("vector", WRONG, "Install pgvector 0.7 or newer for this PostgreSQL."),
     ("plpython3u", WRONG, "Install PL/Python for this PostgreSQL (Debian: postgresql-plpython3-NN)."),
@@ -77,7 +75,7 @@ def _computing(environ: Mapping[str, str]) -> list[Check]:
     except ImportError as error:
         return [*checks, Check("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
     checks.append(Check("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
-    return [*checks, _blas(torch.__config__.show(), matmul_gflops()), _device(environ)]
+    return [*checks, _blas(torch.__config__.show(), cpu.matmul_gflops()), _device(environ)]
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
@@ -90,28 +88,12 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in have]
 
 
-def matmul_gflops(size: int = 768) -> float:
-    """The best of three float32 products, after one to warm up."""
-    import torch
-
-    left, right = torch.rand(size, size), torch.rand(size, size)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - start)
-    return float(2 * size**3 / min(seconds[1:]) / 1e9)
-
-
 def _blas(build: str, gflops: float) -> Check:
     found = re.search(r"BLAS_INFO=(\w+)", build)
     text = f"BLAS: {found[1] if found else 'unknown'}, float32 products at {gflops:.0f} GFLOP/s"
-    if gflops >= SLOW_GFLOPS:
+    if gflops >= cpu.SLOW_GFLOPS:
         return Check("Computing", OK, text)
-    advice = (
-        "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-pthread."
-    )
-    return Check("Computing", WARNING, text, advice)
+    return Check("Computing", WARNING, text, cpu.BLAS_HINT)
 
 
 def _device(environ: Mapping[str, str]) -> Check:

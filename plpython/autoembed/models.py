@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MEGABYTE = 1 << 20
+SMALL = 1 << 20
 PACKED = "packed"
 
 
@@ -141,6 +142,22 @@ def check_files(model: Model) -> None:
     for name, file in manifest.files.items():
         if not _unchanged(model.path / name, file):
             raise ChangedModel(name=model.name, file=name, change="is missing or has another SHA-256")
+
+
+def look(model: Model) -> list[str]:
+    """As `check_files`, but in milliseconds: large files whose stamps differ are named instead of hashed."""
+    manifest = _manifest(model.path, model.name, model.path.parent)
+    _check_strangers(model.path, manifest, model.name)
+    unsure = []
+    for name, file in manifest.files.items():
+        size = (model.path / name).stat().st_size
+        if size != file.stamp.size:
+            raise ChangedModel(name=model.name, file=name, change="has another size")
+        if size > SMALL and Stamp.of(model.path / name) != file.stamp:
+            unsure.append(name)
+        elif not _unchanged(model.path / name, file):
+            raise ChangedModel(name=model.name, file=name, change="has another SHA-256")
+    return unsure
 
 
 def load(model: Model, settings: Settings) -> Encoder:

@@ -431,6 +431,13 @@ class Session:
                 found += [about | entry for entry in page.read(path)]
         return found
 
+    @interface
+    def health(self) -> list[tuple[str, str, str, str | None]]:
+        from . import health  # here: nobody else needs it
+
+        checks = health.examine(self.gd)
+        return [(name, check.status, check.message, check.hint) for name, check in checks.items()]
+
     def list_settings(self) -> list[tuple[str, str | None, str]]:
         return preload.annotate(self.gd, settings.report())
 

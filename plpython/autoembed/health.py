@@ -1,0 +1,121 @@
+"""What the view embedding_health asks of Python: is the default model whole, can it be run, is it preloaded, how fast.
+
+It is read every few seconds, often by a fresh session: so it looks at files and at what is loaded already, hashes
+nothing large, and imports no library that runs models.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autoembed import cpu, device, models, preload, settings
+from autoembed.errors import AutoembedError, MissingPackage
+from autoembed.models import Model
+from autoembed.settings import Settings
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+PACKED = ("torch", "numpy", "safetensors", "tokenizers", "orjson")
+SENTENCE_TRANSFORMERS = ("sentence_transformers", "transformers")
+SMALL_PRODUCT = 256
+"""A product of this size takes under a millisecond, with a reference BLAS fifteen."""
+PRELOAD_HINT = (
+    "Set shared_preload_libraries = 'autoembed_preload', name the models in EMBEDDING_PRELOAD "
+    "in the server's environment, and restart the server."
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    status: str
+    message: str
+    hint: str | None = None
+
+
+def examine(gd: dict[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Check]:
+    current, model = default_model(environ)
+    return {
+        "model": made(check_model, environ),
+        "encoder": made(check_encoder, current, model),
+        "torch": made(check_torch),
+        "preload": made(check_preload, gd, model),
+    }
+
+
+def made(check: Callable[..., Check], *arguments: Any) -> Check:
+    """Whatever a check runs into, the others are made."""
+    try:
+        return check(*arguments)
+    except AutoembedError as error:
+        return Check(FAIL, str(error), error.hint)
+    except Exception as error:  # noqa: BLE001 -- no cancel comes through here: nothing of this asks the database
+        return Check(WARN, f"this check could not be made: {type(error).__name__}")
+
+
+def default_model(environ: Mapping[str, str]) -> tuple[Settings | None, Model | None]:
+    """As far as there are any; what is wrong with them is for check_model to say."""
+    try:
+        current = settings.read(environ)
+        return current, models.find(current)
+    except AutoembedError:
+        return None, None
+
+
+def check_model(environ: Mapping[str, str]) -> Check:
+    model = models.find(settings.read(environ))
+    unsure = models.look(model)
+    if not unsure:
+        return Check(OK, f'model "{model.name}": its files are those that were hashed, by size, inode and times')
+    changed = f"{', '.join(unsure)} was written or copied after it was hashed, and is not hashed here"
+    hint = f"`autoembed model verify {model.name}` hashes it, once; until then each session that loads the model does."
+    return Check(WARN, f'model "{model.name}": {changed}', hint)
+
+
+def check_encoder(current: Settings | None, model: Model | None) -> Check:
+    if current is None or model is None:
+        return Check(WARN, "without a default model there is no encoder to look at", "See the check named model.")
+    packed = model.encoder == models.PACKED
+    for package in PACKED if packed else PACKED + SENTENCE_TRANSFORMERS:
+        if not is_installed(package):
+            raise MissingPackage(package=package, purpose=f'model "{model.name}"')
+    if current.device != "auto" and "torch" in sys.modules:
+        device.resolve(current.device)
+    if packed and current.device in ("auto", "cpu"):
+        return Check(OK, f'model "{model.name}" runs in the packed encoder')
+    return Check(OK, f'model "{model.name}" runs in sentence-transformers')
+
+
+def is_installed(package: str) -> bool:
+    return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def check_torch() -> Check:
+    if not is_installed("torch"):
+        raise MissingPackage(package="torch", purpose="every model")
+    if "torch" not in sys.modules:
+        return Check(OK, "torch is installed; its speed is not measured in a session that has not loaded it")
+    gflops = cpu.matmul_gflops(SMALL_PRODUCT)
+    message = f"torch computes float32 products at {gflops:.0f} GFLOP/s"
+    if gflops >= cpu.SLOW_GFLOPS:
+        return Check(OK, message)
+    return Check(WARN, f"{message}, as with a reference BLAS", cpu.BLAS_HINT)
+
+
+def check_preload(gd: dict[str, Any], model: Model | None) -> Check:
+    found: preload.Preloaded | None = gd.get(preload.KEY)
+    state = preload.describe(gd)
+    if found is None:
+        wanted = state if preload.names() else "no model is preloaded: each session loads its own, which takes seconds"
+        return Check(WARN, wanted, PRELOAD_HINT)
+    if found.problems:
+        return Check(WARN, state, "The server's log has the whole message. Mend the model, then restart the server.")
+    if model is not None and model.name not in found.encoders:
+        return Check(WARN, f'the default model "{model.name}" is not preloaded; {state}', PRELOAD_HINT)
+    if model is not None and found.encoders[model.name].model != model:
+        message = f'model "{model.name}" is another one than the postmaster loaded: each session loads it by itself'
+        return Check(WARN, message, "Restart the server, and it is preloaded again.")
+    return Check(OK, state)
