@@ -5,6 +5,7 @@ source "$(dirname "$0")/lib.sh"
 use_postgres
 
 TARGET=${DESTDIR:-}$SITE
+BLAS_PACKAGE=libopenblas0-openmp
 
 pip_in() { "$1/bin/python" -m pip "${@:2}"; }
 
@@ -17,9 +18,41 @@ check_python() {
 
 # The local version (+cpu) makes sure that no index, whichever answers, brings the CUDA build unasked.
 install_torch() {
-    pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" 2>/dev/null ||
-        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX"
+    if [ "$TORCH_VERSION" != system ]; then
+        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" 2>/dev/null && return
+        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX" 2>/dev/null && return
+        say "no torch $TORCH_VERSION for Python $(python_version) in pip's index or $TORCH_INDEX: the system's instead"
+    fi
+    get_system_torch
+    link_system_torch "$1"
 }
+
+# Debian's is for the CPU, and computes with whichever BLAS the system has: the reference one is many times slower.
+get_system_torch() {
+    [ -z "${DESTDIR:-}" ] && apt_has python3-torch "$(oldest_torch)" || return 0
+    apt_install python3-torch "$BLAS_PACKAGE"
+}
+
+apt_has() {
+    local candidate
+    candidate=$(apt-cache policy "$1" 2>/dev/null | sed -n 's/^  Candidate: //p')
+    [ -n "$candidate" ] && dpkg --compare-versions "$candidate" ge "$2"
+}
+
+oldest_torch() { requirements dependencies | sed -n 's/^torch>=\([0-9.]*\).*/\1/p'; }
+
+# Links, and no venv that sees all of the system's packages: the site's own come first, also for its sentence-transformers.
+link_system_torch() {
+    local origin part
+    origin=$("$PYTHON" -I -c 'import importlib.util as u; s = u.find_spec("torch"); print(s.origin if s else "")')
+    [ -n "$origin" ] || die "no torch: set TORCH_VERSION and TORCH_INDEX to one for Python $(python_version), or install a system-wide one"
+    origin=$(dirname "$(dirname "$origin")")
+    for part in "$origin"/{torch,torchgen,functorch} "$origin"/torch-*.{egg,dist}-info; do
+        [ ! -e "$part" ] || ln -s "$part" "$1/lib/python$(python_version)/site-packages/"
+    done
+}
+
+torch_version() { "$1/bin/python" -I -c 'from importlib.metadata import version; print(version("torch"))'; }
 
 # On all cores, which pip does not; some packages carry templates that are no Python. -s: sources are elsewhere soon.
 compile_all() { "$1/bin/python" -m compileall -q -j "${JOBS:-0}" -s "$1" -p "$SITE" "$1/lib" >/dev/null || true; }
@@ -32,7 +65,7 @@ install_dependencies() {
     "$PYTHON" -m venv "$stage"
     install_torch "$stage"
     requirements dependencies >"$stage/requirements.txt"
-    pip_in "$stage" install --no-compile setuptools "torch==$TORCH_VERSION" -r "$stage/requirements.txt"
+    pip_in "$stage" install --no-compile setuptools "torch==$(torch_version "$stage")" -r "$stage/requirements.txt"
     compile_all "$stage"
     # Both name the staging directory, and nobody needs them.
     find "$stage/bin" -type f -delete
