@@ -36,6 +36,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MEGABYTE = 1 << 20
 SMALL = 1 << 20
 PACKED = "packed"
+HASHED: dict[tuple[Path, str], Stamp] = {}
+"""What this process has hashed, or the postmaster before it: a copied model's manifest has another file's stamps."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def look(model: Model) -> list[str]:
         size = (model.path / name).stat().st_size
         if size != file.stamp.size:
             raise ChangedModel(name=model.name, file=name, change="has another size")
-        if size > SMALL and Stamp.of(model.path / name) != file.stamp:
+        if size > SMALL and not _is_known(model.path / name, file):
             unsure.append(name)
         elif not _unchanged(model.path / name, file):
             raise ChangedModel(name=model.name, file=name, change="has another SHA-256")
@@ -290,9 +292,17 @@ def _describe(folder: Path, manifest: Manifest, name: str) -> dict[str, File]:
 
 def _unchanged(path: Path, file: File) -> bool:
     try:
-        return Stamp.of(path) == file.stamp or manifests.sha256(path) == file.sha256
+        stamp = Stamp.of(path)
+        if not _is_known(path, file) and manifests.sha256(path) != file.sha256:
+            return False
     except OSError:
         return False
+    HASHED[path, file.sha256] = stamp
+    return True
+
+
+def _is_known(path: Path, file: File) -> bool:
+    return Stamp.of(path) in (file.stamp, HASHED.get((path, file.sha256)))
 
 
 def _renew(folder: Path, manifest: Manifest) -> None:

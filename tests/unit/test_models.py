@@ -173,7 +173,7 @@ def test_a_file_too_many_is_refused(own_shelf: Settings) -> None:
     assert models.catalog(own_shelf)[0].status.startswith("broken: ")
 
 
-def test_a_touched_file_is_hashed_until_verify_renews_its_stamp(
+def test_a_touched_file_is_hashed_once_by_each_process_until_verify_renews_its_stamp(
     own_shelf: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models.find(own_shelf, MPNET)
@@ -187,9 +187,14 @@ def test_a_touched_file_is_hashed_until_verify_renews_its_stamp(
 
     monkeypatch.setattr(manifest, "sha256", watched)
     models.check_files(model)
+    models.check_files(model)
     assert hashed == ["config.json"]
+    models.HASHED.clear()  # as another process
+    models.check_files(model)
+    assert hashed == ["config.json", "config.json"]
     models.verify(model)
     hashed.clear()
+    models.HASHED.clear()
     models.check_files(model)
     assert hashed == []
     assert models.find(own_shelf, MPNET) == model
