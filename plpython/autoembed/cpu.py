@@ -8,7 +8,7 @@ from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
 SLOW_GFLOPS = 10.0
-BLAS_HINT = "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-pthread."
+BLAS_HINT = "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-openmp."
 # Any one of them will do.
 NEEDED = {
     "float32": frozenset[str](),
@@ -34,6 +34,12 @@ def lacks(precision: str) -> str | None:
         return None
     names = ", ".join(sorted(needed))
     return f"this processor ({platform.machine()}) has none of {names}: {precision} would be slower than float32"
+
+
+def blas(maps: Path = Path("/proc/self/maps")) -> str | None:
+    """The system's BLAS, by its file, if that is what torch was linked to; None where torch carries one of its own."""
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    return min((line.split()[-1] for line in lines if "/libblas.so" in line), default=None)
 
 
 def matmul_gflops(size: int = 768) -> float:

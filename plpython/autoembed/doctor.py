@@ -75,7 +75,9 @@ def _computing(environ: Mapping[str, str]) -> list[Check]:
     except ImportError as error:
         return [*checks, Check("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
     checks.append(Check("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
-    return [*checks, _blas(torch.__config__.show(), cpu.matmul_gflops()), _device(environ)]
+    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    blas = cpu.blas() or (found[1] if found else "unknown")
+    return [*checks, _blas(blas, cpu.matmul_gflops()), _device(environ)]
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
@@ -88,12 +90,14 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in have]
 
 
-def _blas(build: str, gflops: float) -> Check:
-    found = re.search(r"BLAS_INFO=(\w+)", build)
-    text = f"BLAS: {found[1] if found else 'unknown'}, float32 products at {gflops:.0f} GFLOP/s"
-    if gflops >= cpu.SLOW_GFLOPS:
-        return Check("Computing", OK, text)
-    return Check("Computing", WARNING, text, cpu.BLAS_HINT)
+def _blas(name: str, gflops: float) -> Check:
+    text = f"BLAS: {name}, float32 products at {gflops:.0f} GFLOP/s"
+    if gflops < cpu.SLOW_GFLOPS:
+        return Check("Computing", WARNING, text, cpu.BLAS_HINT)
+    if "openblas-pthread" in name:
+        advice = "EMBEDDING_THREADS does not limit this one's threads. Debian: libopenblas0-openmp instead."
+        return Check("Computing", WARNING, text, advice)
+    return Check("Computing", OK, text)
 
 
 def _device(environ: Mapping[str, str]) -> Check:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from autoembed import cli, doctor
+from autoembed import cli, cpu, doctor
 from autoembed.doctor import INFO, OK, WARNING, WRONG, Check
 from autoembed.settings import Settings
 
@@ -42,7 +43,7 @@ def test_a_healthy_machine_fits_on_one_screen(environ: dict[str, str]) -> None:
     screen = doctor.render(checks)
     assert len(screen.splitlines()) <= 50
     for words in (
-        "torch 2.13.0",
+        f"torch {version('torch')}",
         "GFLOP/s",
         "device: cpu",
         "all-MiniLM-L6-v2: ready",
@@ -100,9 +101,24 @@ def test_a_missing_package() -> None:
 
 
 def test_a_reference_blas_is_a_warning() -> None:
-    assert doctor._blas("BLAS_INFO=generic, BUILD", 2.6).status == WARNING
-    assert doctor._blas("BLAS_INFO=mkl, BUILD", 190).status == OK
-    assert "unknown" in doctor._blas("", 190).text
+    slow = doctor._blas("/usr/lib/blas/libblas.so.3.12.1", 2.6)
+    assert (slow.status, slow.advice) == (WARNING, cpu.BLAS_HINT)
+    assert doctor._blas("mkl", 190).status == OK
+
+
+def test_a_blas_with_threads_of_its_own_is_a_warning() -> None:
+    own = doctor._blas("/usr/lib/openblas-pthread/libblas.so.3", 190)
+    assert own.status == WARNING
+    assert "EMBEDDING_THREADS" in own.advice
+    assert doctor._blas("/usr/lib/openblas-openmp/libblas.so.3", 190).status == OK
+
+
+def test_the_blas_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text("7f-80 r-xp 0 08:01 7 /usr/lib/python3/libx.so\n81-82 r-xp 0 08:01 8 /usr/lib/blas/libblas.so.3\n")
+    assert cpu.blas(maps) == "/usr/lib/blas/libblas.so.3"
+    maps.write_text("7f-80 r-xp 0 08:01 7 /usr/lib/python3/libx.so\n")
+    assert cpu.blas(maps) is None
 
 
 def test_a_device_that_is_not_there(environ: dict[str, str]) -> None:
