@@ -41,7 +41,9 @@ extern PGDLLEXPORT void _PG_init(void);
 	"start(GD, plpy.warning, api_version=1)\n"
 
 static pid_t postmaster;
-static void (*after_fork) (void);
+static void (*python_before_fork) (void);
+static void (*python_after_fork_parent) (void);
+static void (*python_after_fork_child) (void);
 
 static bool
 is_blank(const char *text)
@@ -142,14 +144,40 @@ python_starts(void)
 
 /*
  * Python must be told of a fork, or what it has set up for one process goes on
- * in all of them: every session would draw the same random numbers.  Not of
- * the forks that Python makes itself, which it knows of.
+ * in all of them: every session would draw the same random numbers.  It locks
+ * before a fork what it unlocks after it, in both processes.  Not of the forks
+ * that Python makes itself, which it knows of.
  */
 static void
-tell_python(void)
+before_fork(void)
+{
+	if (getpid() == postmaster)
+		python_before_fork();
+}
+
+static void
+after_fork_parent(void)
+{
+	if (getpid() == postmaster)
+		python_after_fork_parent();
+}
+
+static void
+after_fork_child(void)
 {
 	if (getppid() == postmaster)
-		after_fork();
+		python_after_fork_child();
+}
+
+static void
+tell_python_of_forks(void)
+{
+	python_before_fork = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_BeforeFork");
+	python_after_fork_parent = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Parent");
+	python_after_fork_child = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Child");
+	postmaster = getpid();
+	if (python_before_fork && python_after_fork_parent && python_after_fork_child)
+		pthread_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
 #ifdef __GLIBC__
@@ -185,10 +213,7 @@ _PG_init(void)
 	if (!python_starts())
 		return;
 	try_block(LOAD_MODELS, WARNING);
-	postmaster = getpid();
-	after_fork = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Child");
-	if (after_fork != NULL)
-		pthread_atfork(NULL, NULL, tell_python);
+	tell_python_of_forks();
 #ifdef __GLIBC__
 	on_exit(skip_destructors, NULL);	/* runs before what was registered earlier */
 	malloc_trim(0);
