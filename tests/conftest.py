@@ -15,6 +15,7 @@ from psycopg import sql
 from models_for_tests import packaged_minilm
 from support.server import DATABASE, Connection, Server, add_model
 
+collect_ignore = ["image"]  # `make image-test` runs them, as whoever may start containers
 SUPPORT = Path(__file__).parent / "support"
 NUMBERS = count(1)
 TEXTS = (
