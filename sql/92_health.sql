@@ -59,7 +59,7 @@ begin
     if not autoembed.is_own(r.relation) then
         return (select k.pending from autoembed.known_counts(r) k) operator(pg_catalog.>) 0;
     end if;
-    return autoembed.probe(r, 'access share mode nowait');
+    return autoembed.probe(r, 'access share mode');
 end
 $$;
 
@@ -156,7 +156,7 @@ declare
     c record;
     since pg_catalog.timestamptz;
 begin
-    perform autoembed.lock_relation(s.rows, 'access share mode nowait');
+    perform autoembed.lock_relation(s.rows, 'access share mode');
     if not autoembed.is_own(s.relation) or not autoembed.is_current(s) then
         return null;
     end if;
@@ -238,10 +238,11 @@ begin atomic
     from (select from autoembed.suspect f limit 10000) x;
 end;
 
--- No search_path is pinned: rows of the reader's own tables are looked at, with whatever runs then.
+-- No search_path is pinned: rows of the reader's own tables are looked at, with whatever runs then. A table that somebody
+-- locks is not waited for.
 create function autoembed.health(out check_name text, out status text, out message text, out hint text)
 returns setof record
-language plpgsql volatile as $$
+language plpgsql volatile set lock_timeout = '100ms' as $$
 declare
     part pg_catalog.text;
 begin

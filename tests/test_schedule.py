@@ -8,7 +8,6 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from support.rig import make_rig
 from support.rigging import Rig, rows, scalar
 from support.server import Connection, Server, pg_config, wait_until
 from support.talk import notices
@@ -31,13 +30,12 @@ def has_pg_cron() -> bool:
 
 
 @pytest.fixture(scope="module")
-def cron_rig(backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def cron_rig(make_module_rig: Callable[..., Rig]) -> Rig:
     assert has_pg_cron(), "pg_cron is not installed: `make dev` gets Debian's"
-    rig = make_rig(tmp_path_factory.mktemp("rigs") / "cron", backend_coverage, {**CRON, "max_worker_processes": 20})
+    rig = make_module_rig({**CRON, "max_worker_processes": 20})
     with rig.server.connect() as connection:
         connection.execute("create extension pg_cron")
-    yield rig
-    rig.server.destroy()
+    return rig
 
 
 @pytest.fixture

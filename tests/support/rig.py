@@ -64,9 +64,22 @@ def declared(db: Connection, knowledge: Callable[..., str]) -> Callable[..., str
 
 
 @pytest.fixture(scope="module")
-def module_rig(backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def make_module_rig(
+    backend_coverage: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Rig]]:
+    """make_module_rig({...}, EMBEDDING_X="..."): a rig for all tests of a module, with settings of its own."""
+    made: list[Rig] = []
+
+    def make(settings: dict[str, object], **environment: str) -> Rig:
+        made.append(make_rig(tmp_path_factory.mktemp("rigs") / "module", backend_coverage | environment, settings))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.server.destroy()
+
+
+@pytest.fixture(scope="module")
+def module_rig(make_module_rig: Callable[..., Rig]) -> Rig:
     """A rig for a module whose tests crash it. What is not flushed at a commit is lost in a crash."""
-    settings = {"restart_after_crash": "on", "wal_writer_delay": "10s", "max_connections": 30}
-    rig = make_rig(tmp_path_factory.mktemp("rigs") / "module", backend_coverage, settings)
-    yield rig
-    rig.server.destroy()
+    return make_module_rig({"restart_after_crash": "on", "wal_writer_delay": "10s", "max_connections": 30})

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from autoembed import cpu, device, health, preload
+from autoembed.health import FAIL, OK, WARN, Check
+from autoembed.settings import Settings
+from support.rigging import add_stub
+
+NAMES = ["model", "encoder", "torch", "preload"]
+
+
+@pytest.fixture
+def environ(tmp_path: Path) -> dict[str, str]:
+    """A model directory with one model, whose weights are too large to be hashed at a look."""
+    folder = add_stub(tmp_path, "stub-large", weights="w" * (3 << 20))
+    return {"EMBEDDING_MODEL_DIR": str(folder.parent), "EMBEDDING_DEVICE": "cpu"}
+
+
+def statuses(environ: dict[str, str]) -> dict[str, str]:
+    return {name: check.status for name, check in health.examine({}, environ).items()}
+
+
+def look(environ: dict[str, str], name: str = "model") -> Check:
+    return health.examine({}, environ)[name]
+
+
+def weights(environ: dict[str, str]) -> Path:
+    return Path(environ["EMBEDDING_MODEL_DIR"]) / "stub-large" / "model.safetensors"
+
+
+def test_all_is_well_but_for_preloading(environ: dict[str, str]) -> None:
+    assert statuses(environ) == {"model": OK, "encoder": OK, "torch": OK, "preload": WARN}
+    assert "by size, inode and times" in look(environ).message
+
+
+# --- the model -----------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_size(environ: dict[str, str]) -> None:
+    with weights(environ).open("a") as file:
+        file.write("more")
+    assert look(environ).status == FAIL
+    assert "model.safetensors has another size" in look(environ).message
+
+
+def test_weights_written_over_are_not_called_unchanged(environ: dict[str, str]) -> None:
+    """Of the same size, perhaps the very same: it would take a hash of them all to know."""
+    with weights(environ).open("r+") as file:
+        file.write("v")
+    started = time.monotonic()
+    found = look(environ)
+    assert time.monotonic() - started < 0.1
+    assert found.status == WARN
+    assert "model.safetensors was written or copied after it was hashed, and is not hashed here" in found.message
+    assert "autoembed model verify stub-large" in str(found.hint)
+
+
+def test_small_files_are_hashed(tmp_path: Path) -> None:
+    folder = add_stub(tmp_path, "stub-small", weights="weights")
+    environ = {"EMBEDDING_MODEL_DIR": str(tmp_path)}
+    os.utime(folder / "model.safetensors", (1, 1))
+    assert look(environ).status == OK
+    (folder / "model.safetensors").write_text("WEIGHTS")
+    assert look(environ).status == FAIL
+    assert "has another SHA-256" in look(environ).message
+
+
+@pytest.mark.parametrize("damage", ["missing", "stranger", "manifest", "folder", "setting"])
+def test_model_that_cannot_be_used(environ: dict[str, str], damage: str) -> None:
+    folder = weights(environ).parent
+    if damage == "missing":
+        weights(environ).unlink()
+    elif damage == "stranger":
+        (folder / "adapter.safetensors").write_text("another")
+    elif damage == "manifest":
+        (folder / "autoembed.json").write_text("{")
+    elif damage == "folder":
+        shutil.rmtree(folder)
+    else:
+        environ["EMBEDDING_THREADS"] = "all"
+    found = health.examine({}, environ)
+    assert list(found) == NAMES
+    assert found["model"].status == FAIL
+    assert found["model"].hint
+    assert found["torch"].status == OK
+
+
+# --- what runs it --------------------------------------------------------------------------------------------------
+
+
+def test_which_encoder(shelf: Settings) -> None:
+    environ = {"EMBEDDING_MODEL_DIR": str(shelf.model_dir), "EMBEDDING_MODEL_NAME": "tiny-mpnet"}
+    assert "runs in the packed encoder" in look(environ, "encoder").message
+    cuda = look(environ | {"EMBEDDING_DEVICE": "mps"}, "encoder")
+    assert cuda.status == (OK if device.available("mps") else FAIL)
+
+
+def test_package_that_is_missing(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "PACKED", ("torch", "no_such_package"))
+    found = look(environ, "encoder")
+    assert found.status == FAIL
+    assert "the Python package no_such_package is not installed" in found.message
+    assert "make install" in str(found.hint)
+
+
+def test_torch_that_is_slow(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert look(environ, "torch").status == OK
+    assert "GFLOP/s" in look(environ, "torch").message
+    monkeypatch.setattr("torch.mm", lambda *_: time.sleep(0.01))
+    found = look(environ, "torch")
+    assert found.status == WARN
+    assert found.hint == cpu.BLAS_HINT
+
+
+def test_torch_that_is_not_loaded(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    assert "not measured" in look(environ, "torch").message
+    assert "torch" not in sys.modules
+
+
+# --- preloading ----------------------------------------------------------------------------------------------------
+
+
+def test_preload_that_failed(environ: dict[str, str]) -> None:
+    gd = {preload.KEY: preload.Preloaded(1, problems={"stub-large": "it is broken"})}
+    found = health.examine(gd, environ)["preload"]
+    assert found == Check(WARN, "stub-large not loaded: it is broken", found.hint)
+
+
+def test_default_model_that_is_not_preloaded(environ: dict[str, str]) -> None:
+    gd = {preload.KEY: preload.Preloaded(1)}
+    found = health.examine(gd, environ)["preload"]
+    assert found.status == WARN
+    assert 'the default model "stub-large" is not preloaded' in found.message
+
+
+# --- and whatever else ---------------------------------------------------------------------------------------------
+
+
+def test_a_check_that_cannot_be_made_takes_no_other_with_it(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "matmul_gflops", None)
+    found = health.examine({}, environ)
+    assert list(found) == NAMES
+    assert found["torch"] == Check(WARN, "this check could not be made: TypeError")
+    assert found["model"].status == OK
