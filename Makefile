@@ -27,8 +27,16 @@ demo: up dev  ## an embedded corpus and a search, from a bare machine on
 test: install dev  ## the tests (PYTEST_ARGS="-k name" chooses)
 	@scripts/test.sh -m "not slow"
 
-test-all: install dev  ## the tests, slow ones too
+test-all: install dev  ## the tests, slow ones too, and the image's
 	@scripts/test.sh
+	@scripts/image.sh test
+	@scripts/image.sh suite tests -m "not slow"
+
+image:      ## Dockerfile.postgres as IMAGE (TORCH_VERSION, MODEL, PG_IMAGE: see its head)
+	@scripts/image.sh build
+
+image-test: dev  ## the image's tests, in containers
+	@scripts/image.sh test
 
 up: install  ## start a private server under .pg/ with the extension in it
 	@scripts/server.sh up

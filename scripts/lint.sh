@@ -13,5 +13,5 @@ check() { "$@" || STATUS=1; }
 check ruff check --extend-exclude .pg,build .
 check ruff format --check --extend-exclude .pg,build .
 check mypy --strict plpython tests demo bench
-if command -v shellcheck >/dev/null; then check shellcheck -x -P scripts scripts/*.sh .ci/run; else say "no shellcheck: shell is not checked"; fi
+if command -v shellcheck >/dev/null; then check shellcheck -x -P scripts scripts/*.sh container/*.sh tests/image/*.sh tests/image/*/*.sh .ci/run; else say "no shellcheck: shell is not checked"; fi
 exit "$STATUS"

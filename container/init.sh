@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# A new cluster: the extension in the default database, and a job that fills what its superuser declares there.
+# AUTOEMBED_SCHEDULE is what embed_schedule takes; empty for no job.
+set -euo pipefail
+
+SCHEDULE=${AUTOEMBED_SCHEDULE-10 seconds}
+
+psql -X -q -v ON_ERROR_STOP=1 --no-password -U "$POSTGRES_USER" -d "$POSTGRES_DB" -v schedule="$SCHEDULE" <<'SQL'
+set client_min_messages = warning;
+create extension pg_autoembed cascade;
+create extension pg_cron;
+select :'schedule' <> '' as scheduled \gset
+\if :scheduled
+select format('pg_autoembed: job %s, %s: %s', job, job_schedule, command) from embed_schedule(:'schedule') \g (format=unaligned tuples_only=on)
+\endif
+select cron.schedule('purge job_run_details', '0 3 * * *', 'delete from cron.job_run_details where end_time < now() - interval ''7 days''') \g /dev/null
+SQL
+
+printf "\n# where pg_cron's jobs are, as the image made it\ncron.database_name = '%s'\n" "${POSTGRES_DB//\'/\'\'}" >>"$PGDATA/postgresql.conf"
+version=$(sed -n "s/^default_version = '\(.*\)'/\1/p" "$(pg_config --sharedir)/extension/pg_autoembed.control")
+printf '%s\n' "$version" "$POSTGRES_USER" "$POSTGRES_DB" >"$PGDATA/pg_autoembed.image"
