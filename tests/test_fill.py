@@ -433,8 +433,10 @@ def test_on_a_standby_it_says_so(own_rig: Callable[..., Rig], tmp_path: Path) ->
     subprocess.run([*backup, "--write-recovery-conf", "-D", str(standby.directory / "data")], check=True)
     standby.start()
     try:
-        with standby.connect() as db, pytest.raises(errors.ReadOnlySqlTransaction, match="standby") as caught:
-            fill(db)
+        with standby.connect() as db:
+            assert scalar(db, "select count(*) from embedding_health where message !~ 'could not be made'") == 10
+            with pytest.raises(errors.ReadOnlySqlTransaction, match="standby") as caught:
+                fill(db)
     finally:
         standby.destroy()
     assert caught.value.diag.message_hint == "Run it on the primary."

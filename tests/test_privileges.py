@@ -98,6 +98,7 @@ def test_inner_functions_run_no_model(warm: Connection, warm_role: Callable[...,
         "autoembed.models()",
         "autoembed.settings()",
         "autoembed.sessions()",
+        "autoembed.encoding_health()",
         "autoembed.embed_rows()",
     }
 
@@ -133,6 +134,7 @@ ACTIONS = {
     "reads throughput": ("select * from embedding_throughput", {*ROLES, "postgres"}),
     "reads failures": ("select * from embedding_failures", {*ROLES, "postgres"}),
     "reads truncations": ("select * from embedding_truncations", {*ROLES, "postgres"}),
+    "reads health": ("select * from embedding_health", {*ROLES, "postgres"}),
     "changes a registration": (
         "do $$ begin update autoembed.registration set model = 'x'; "
         "if not found then raise insufficient_privilege; end if; end $$",
@@ -251,7 +253,7 @@ def test_owners_code_never_runs_with_a_superusers_rights(cast: Connection, hook:
         cast.execute("truncate caught")
     refusal(cast, FILL)
     cast.execute("call embed_pending()")
-    for view in ("columns", "progress", "throughput", "failures", "truncations"):
+    for view in ("columns", "progress", "throughput", "failures", "truncations", "health"):
         cast.execute(f"select * from embedding_{view}")
     cast.execute("select embed_retry()")
     cast.execute("select embed_column_set('docs', 'embedding', enabled => true, mode => 'deferred')")
@@ -296,7 +298,7 @@ def test_smuggled_declaration_runs_nothing_in_the_views(evil_cast: Connection, h
             evil_cast.execute(smuggle[how])
         except psycopg.Error:
             return
-    for view in ("columns", "progress", "throughput", "failures", "truncations"):
+    for view in ("columns", "progress", "throughput", "failures", "truncations", "health"):
         try:
             evil_cast.execute(f"select * from embedding_{view}")
         except psycopg.Error as error:
@@ -314,7 +316,7 @@ def test_policy_does_not_run_for_readers_of_the_views(cast: Connection) -> None:
         cast.execute("create policy p on docs using (evil())")
         cast.execute("grant select on docs to public")
     with acting_as(cast, "nobody"):
-        cast.execute("select * from embedding_progress")
+        cast.execute("select * from embedding_progress; select * from embedding_health")
     assert column(cast, "select who from caught") == []
 
 

@@ -354,6 +354,13 @@ def fresh(bare: Connection) -> Snapshot:
     return installed(bare, NEXT)
 
 
+def test_health_tells_of_the_update_that_is_due(db: Connection) -> None:
+    extension = "select status, hint from embedding_health where check_name = 'extension'"
+    assert rows(db, extension) == [("warn", "ALTER EXTENSION pg_autoembed UPDATE")]
+    db.execute("alter extension pg_autoembed update")
+    assert rows(db, extension) == [("ok", None)]
+
+
 # --- the same as a fresh install -----------------------------------------------------------------------------------
 
 

@@ -71,7 +71,7 @@ def check_model(environ: Mapping[str, str]) -> Check:
     if not unsure:
         return Check(OK, f'model "{model.name}": its files are those that were hashed, by size, inode and times')
     changed = f"{', '.join(unsure)} was written or copied after it was hashed, and is not hashed here"
-    hint = f"`autoembed model verify {model.name}` hashes it, once; until then each session that loads the model does."
+    hint = f"`autoembed model verify {model.name}` hashes it, once; until then each process that loads the model does."
     return Check(WARN, f'model "{model.name}": {changed}', hint)
 
 
