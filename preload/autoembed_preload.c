@@ -14,7 +14,6 @@
 #include "postgres.h"
 
 #include <dlfcn.h>
-#include <pthread.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #ifdef __GLIBC__
@@ -41,9 +40,12 @@ extern PGDLLEXPORT void _PG_init(void);
 	"start(GD, plpy.warning, api_version=1)\n"
 
 static pid_t postmaster;
+
+/* Of Python's C interface; PyObject and PyFrameObject are void here. */
+typedef int (*Profiler) (void *self, void *frame, int what, void *arg);
 static void (*python_before_fork) (void);
-static void (*python_after_fork_parent) (void);
-static void (*python_after_fork_child) (void);
+static void (*python_after_fork) (void);
+static void (*python_set_profile) (Profiler, void *);
 
 static bool
 is_blank(const char *text)
@@ -144,40 +146,31 @@ python_starts(void)
 
 /*
  * Python must be told of a fork, or what it has set up for one process goes on
- * in all of them: every session would draw the same random numbers.  It locks
- * before a fork what it unlocks after it, in both processes.  Not of the forks
- * that Python makes itself, which it knows of.
+ * in all of them: every session would draw the same random numbers.  Telling
+ * it takes milliseconds and copies pages, which a connection that runs no
+ * Python should not pay for: so not at the fork, but when a process first runs
+ * Python.  Its profiler is what Python calls then, once.
  */
-static void
-before_fork(void)
+static int
+tell_of_fork(void *self, void *frame, int what, void *arg)
 {
 	if (getpid() == postmaster)
-		python_before_fork();
+		return 0;
+	python_set_profile(NULL, NULL);
+	python_before_fork();		/* takes the locks that the other renews */
+	python_after_fork();
+	return 0;
 }
 
 static void
-after_fork_parent(void)
-{
-	if (getpid() == postmaster)
-		python_after_fork_parent();
-}
-
-static void
-after_fork_child(void)
-{
-	if (getppid() == postmaster)
-		python_after_fork_child();
-}
-
-static void
-tell_python_of_forks(void)
+watch_for_python(void)
 {
 	python_before_fork = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_BeforeFork");
-	python_after_fork_parent = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Parent");
-	python_after_fork_child = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Child");
+	python_after_fork = (void (*) (void)) dlsym(RTLD_DEFAULT, "PyOS_AfterFork_Child");
+	python_set_profile = (void (*) (Profiler, void *)) dlsym(RTLD_DEFAULT, "PyEval_SetProfile");
 	postmaster = getpid();
-	if (python_before_fork && python_after_fork_parent && python_after_fork_child)
-		pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+	if (python_before_fork && python_after_fork && python_set_profile)
+		python_set_profile(tell_of_fork, NULL);
 }
 
 #ifdef __GLIBC__
@@ -213,7 +206,7 @@ _PG_init(void)
 	if (!python_starts())
 		return;
 	try_block(LOAD_MODELS, WARNING);
-	tell_python_of_forks();
+	watch_for_python();
 #ifdef __GLIBC__
 	on_exit(skip_destructors, NULL);	/* runs before what was registered earlier */
 	malloc_trim(0);
