@@ -74,8 +74,15 @@ def test_batch_is_the_unit_of_commit(db: Connection, declared: Knowledge, batch:
     assert scalar(db, "select count(*) from autoembed.run") == -(-70 // batch)
 
 
-@pytest.mark.parametrize("batch", [0, -1, 513, 100_000, None])
-def test_batch_out_of_range_is_refused(db: Connection, declared: Knowledge, batch: int | None) -> None:
+def test_batch_of_null_is_the_setting(db: Connection, declared: Knowledge) -> None:
+    declared(10)
+    db.execute("""do language plpython3u 'import os; os.environ["EMBEDDING_BATCH_SIZE"] = "4"'""")
+    assert fill(db, batch=None) == (10, 0, 0)
+    assert rows(db, "select embedded from autoembed.run order by finished") == [(4,), (4,), (2,)]
+
+
+@pytest.mark.parametrize("batch", [0, -1, 513, 100_000])
+def test_batch_out_of_range_is_refused(db: Connection, declared: Knowledge, batch: int) -> None:
     declared(1)
     with pytest.raises(errors.InvalidParameterValue, match="batch is") as caught:
         fill(db, batch=batch)

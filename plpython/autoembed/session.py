@@ -153,12 +153,13 @@ class Session:
         self, batch: int | None, relation: str | None, max_rows: int | None, max_seconds: int | None
     ) -> dict[str, int]:
         started = time.monotonic()
-        self.check_arguments(batch, max_rows, max_seconds)
+        batch = self.batch_of(batch)
+        self.check_limits(max_rows, max_seconds)
         oid = None if relation is None else self.database.value("select autoembed.oid_of($1)", ["text"], [relation])
         isolation = self.enter()
         totals = Totals()
         try:
-            self.fill_columns(batch or 0, oid, totals, Limits(max_rows, max_seconds))
+            self.fill_columns(batch, oid, totals, Limits(max_rows, max_seconds))
         finally:
             self.leave(isolation)
             if totals.tokens:
@@ -203,9 +204,15 @@ class Session:
 
         return load
 
-    def check_arguments(self, batch: int | None, max_rows: int | None, max_seconds: int | None) -> None:
-        if batch is None or not 1 <= batch <= MAX_BATCH:
-            self.fail(f"batch is {'null' if batch is None else batch}", "22023", f"batch is 1 to {MAX_BATCH}.")
+    def batch_of(self, batch: int | None) -> int:
+        """Rows a commit; null means the setting."""
+        if batch is None:
+            return settings.read().batch_size
+        if not 1 <= batch <= MAX_BATCH:
+            self.fail(f"batch is {batch}", "22023", f"batch is 1 to {MAX_BATCH}.")
+        return batch
+
+    def check_limits(self, max_rows: int | None, max_seconds: int | None) -> None:
         for name, value in (("max_rows", max_rows), ("max_seconds", max_seconds)):
             if value is not None and value < 0:
                 self.fail(f"{name} is {value}", "22023", f"{name} is 0 or more, or null for no limit.")
@@ -259,7 +266,8 @@ class Session:
     @interface
     def embed_worker(self, batch: int | None, max_seconds: int | None, workers: int | None) -> dict[str, int]:
         started = time.monotonic()
-        self.check_arguments(batch, None, max_seconds)
+        batch = self.batch_of(batch)
+        self.check_limits(None, max_seconds)
         if workers is None or not 1 <= workers <= MAX_WORKERS:
             self.fail(f"workers is {workers}", "22023", f"workers is 1 to {MAX_WORKERS}.")
         isolation = self.enter("embed_worker")
@@ -270,7 +278,7 @@ class Session:
             if place is None:
                 self.plpy.notice("the embedding workers of this role are at work in this database already")
             else:
-                self.worker(batch or 0, max_seconds, totals).run()
+                self.worker(batch, max_seconds, totals).run()
         finally:
             self.give_up(place)
             self.leave(isolation)
