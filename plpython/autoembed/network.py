@@ -25,8 +25,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
 }
 # Flash attention is quicker for short texts, many of a length at once, and for long ones, whose matrix of scores it
-# never makes. In between a plain product per head is twice as quick on a CPU.
-SHORT, LONG = 48, 300
+# never makes. In between a plain product per head is twice as quick on a CPU. Without MKL torch makes the products one
+# by one, and only the small ones are worth it.
+SHORT, LONG = 48, 300 if torch._C.has_mkl else 128
 
 
 class UnsupportedNetwork(Exception):
