@@ -71,6 +71,9 @@ MEMBER = {
     "pg_event_trigger": EVENT_TRIGGER,
 }
 
+# since PostgreSQL 17 the row type of a member relation is a member too: the relation tells all of it
+STANDS_ALONE = {"pg_type": "coalesce((select relkind from pg_class where oid = o.typrelid), 'c') = 'c'"}
+
 # what belongs to a member relation without being a member: its catalog, the column that names the relation, its facts
 PARTS = {
     "pg_constraint": ("conrelid", "jsonb_build_array(pg_get_constraintdef(o.oid), o.convalidated)"),
@@ -124,7 +127,10 @@ EXTENSION = """
 def objects() -> list[str]:
     """A query for each kind: an object's name and its facts."""
     initial = GRANTS.format(acl="p.initprivs")
-    kinds = [(c, facts, f"m.classid = '{c}'::regclass and o.oid = m.objid") for c, facts in MEMBER.items()]
+    kinds = [
+        (c, facts, f"m.classid = '{c}'::regclass and o.oid = m.objid and {STANDS_ALONE.get(c, 'true')}")
+        for c, facts in MEMBER.items()
+    ]
     for catalog, (relation, facts) in PARTS.items():
         owned = f"m.classid = 'pg_class'::regclass and {relation} = m.objid"
         kinds.append((catalog, facts, owned))

@@ -365,7 +365,7 @@ one.rest()
 print(busy - idle, status("RssAnon") - idle)
 """
     used, kept = map(int, in_a_process(code, lively_shelf.model_dir).split())
-    assert used > 20 * 1024
+    assert used > 10 * 1024
     assert kept < used / 3
 
 
