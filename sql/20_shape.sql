@@ -184,8 +184,8 @@ begin atomic
       and (select count(*) = cardinality((r).sources) and coalesce(bool_and(autoembed.is_text(a.atttypid)), false)
            from pg_catalog.pg_attribute a
            where a.attrelid = (r).relation and a.attnum = any ((r).sources) and a.attnum > 0 and not a.attisdropped)
-      and not exists (select from pg_catalog.pg_partition_tree((r).relation) p join pg_catalog.pg_class c on c.oid = p.relid
-                      where c.relkind = 'f');
+      and not exists (select from pg_catalog.pg_class t, pg_catalog.pg_partition_tree(t.oid) p, pg_catalog.pg_class c
+                      where t.oid = (r).relation and t.relkind = 'p' and c.oid = p.relid and c.relkind = 'f');
 end;
 
 -- null where the registration, its relation, a column or the key is gone

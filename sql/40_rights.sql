@@ -18,7 +18,9 @@ begin
         select coalesce(bool_and(c.relowner = me.oid), false)
                and not exists (select from pg_roles s where s.rolname = session_user and s.rolsuper and s.oid <> (
                    select o.relowner from pg_class o where o.oid = is_own.relation))
-        from (select is_own.relation as oid union select p.relid from pg_partition_tree(is_own.relation) p) tree
+        from (select is_own.relation as oid
+              union  -- of a plain table its own: to ask for a tree takes a lock
+              select p.relid from pg_class r, pg_partition_tree(r.oid) p where r.oid = is_own.relation and r.relkind = 'p') tree
         join pg_class c on c.oid = tree.oid
         join pg_roles me on me.rolname = current_user
         group by ());

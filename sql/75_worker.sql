@@ -1,21 +1,53 @@
 -- A worker looks at the partial indexes, sleeps, and looks again; asleep it holds nothing but its place.
 
--- Is a row in the partial index? It may be held back by a failure: then a fill finds that out.
+-- Is there a row to be tried now, and, where a snapshot is given, one that it does not show?
 -- It waits for no table that somebody holds (an index is built, say): its owner's other tables would wait as well.
-create function autoembed.has_pending(s autoembed.shape) returns boolean
-language plpgsql volatile
-set lock_timeout = '100ms' set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
-declare
-    found pg_catalog.bool;
+create function autoembed.has_pending(s autoembed.shape, beyond text default null) returns boolean
+language plpgsql volatile set lock_timeout = '100ms' as $$
 begin
     s := autoembed.enter(s);
-    if s.relation is null or not s.enabled then
-        return false;
-    end if;
-    execute pg_catalog.format('select exists (select from %s t where %s order by %s limit 1)', s.rows, s.pending, s.ordering) into found;
-    return found;
+    return s.relation is not null and s.enabled and autoembed.any_due(s, beyond);
 end
 $$;
+
+-- A row in the partial index may be blank after all, or held back. A thousand are looked at: should none of so many be
+-- due, a fill finds out about the others.
+create function autoembed.any_due(s autoembed.shape, beyond text default null) returns boolean
+language plpgsql volatile
+    set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
+    set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+declare
+    rows pg_catalog.text := pg_catalog.format(
+        'from %s t where %s %s order by %s', s.rows, s.pending, case when beyond is not null then 'and autoembed.is_newer(t.xmin, $2)' end, s.ordering);
+    due pg_catalog.bool;
+begin
+    execute pg_catalog.format(
+        'select exists (select from (select %s as key, %s as content %s limit 1000) c where %s %s) or exists (select %3$s offset 1000 limit 1)',
+        s.key, s.content, rows, autoembed.has_text('c.content'),
+        case when autoembed.holds_back(s.registration) then
+            'and not exists (
+                 select from autoembed.failure f
+                 where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
+                   and f.key operator(pg_catalog.=) c.key and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
+                   and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end)
+    into due using s.registration, beyond;
+    return due;
+end
+$$;
+
+create function autoembed.snapshot() returns text
+language sql volatile
+begin atomic
+    select pg_current_snapshot()::text;
+end;
+
+-- Was the row, which is visible now, written by a transaction that the snapshot does not show?
+create function autoembed.is_newer(writer xid, snapshot text) returns boolean
+language sql stable
+begin atomic
+    select not pg_visible_in_snapshot(greatest(n.next - (n.next - writer::text::bigint + 4294967296) % 4294967296, 3)::text::xid8, snapshot::pg_snapshot)
+    from (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next) n;
+end;
 
 -- Changes when a column is declared, changed, paused or dropped, and when its relation changes hands.
 create function autoembed.declarations() returns text
@@ -32,14 +64,19 @@ begin atomic
     select array(select hashtextextended(format('autoembed worker %s %s', role, n), 0) from generate_series(1, workers) n);
 end;
 
--- One of the current user's places, if one is free.
-create function autoembed.take_place(workers integer) returns bigint
+create function autoembed.own_places(workers integer) returns bigint[]
+language sql stable
+begin atomic  -- by the role's oid, not as regrole, which would fold the name's case
+    select autoembed.places(r.oid, workers) from pg_catalog.pg_roles r where r.rolname = current_user;
+end;
+
+-- One of these places, if one is free.
+create function autoembed.take_place(places bigint[]) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     place bigint;
 begin
-    -- by its oid, not as regrole, which would fold the name's case
-    foreach place in array autoembed.places((select r.oid from pg_roles r where r.rolname = current_user), workers) loop
+    foreach place in array places loop
         if pg_try_advisory_lock(place) then
             return place;
         end if;
@@ -84,22 +121,25 @@ begin
     failed := 0;
     for number in select r.id from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation loop
         select * into found from autoembed.left_over(autoembed.enter(autoembed.shape_of(number)));
-        pending := pending or found.pending;
+        pending := pending or found.untried or (found.waiting operator(pg_catalog.>) 0);
         failed := failed operator(pg_catalog.+) found.failed;
     end loop;
 end
 $$;
 
--- One column's. Reads one row more than are held back, so it takes no longer with a million rows pending.
-create function autoembed.left_over(s autoembed.shape, out pending boolean, out failed bigint)
+-- One column's: is there a row that could be tried now, how many wait for another try, until when, how many have failed.
+-- Reads one row more than are held back, so it takes no longer with a million rows pending.
+create function autoembed.left_over(
+    s autoembed.shape, out untried boolean, out waiting bigint, out next_try timestamptz, out failed bigint)
 language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
 declare
     keys pg_catalog.jsonb[];
-    held pg_catalog.jsonb[] := '{}';
+    held pg_catalog.jsonb[];
 begin
-    pending := false;
+    untried := false;
+    waiting := 0;
     failed := 0;
     if s.relation is null then
         return;
@@ -112,8 +152,8 @@ begin
         return;
     end if;
     held := autoembed.held_back(s, keys);
-    failed := autoembed.failed_for_good(s.registration, held);
-    pending := pg_catalog.cardinality(keys) operator(pg_catalog.>) failed;
+    select h.waiting, h.next_try, h.failed into waiting, next_try, failed from autoembed.held_rows(s.registration, held) h;
+    untried := pg_catalog.cardinality(keys) operator(pg_catalog.>) (waiting operator(pg_catalog.+) failed);
 end
 $$;
 
@@ -123,11 +163,11 @@ begin atomic
     select count(*) from (select from autoembed.failure f where f.registration = held_count.registration limit 10000) h;
 end;
 
-create function autoembed.failed_for_good(registration bigint, keys jsonb[]) returns bigint
+create function autoembed.held_rows(registration bigint, keys jsonb[], out waiting bigint, out next_try timestamptz, out failed bigint)
 language sql volatile
 begin atomic
-    select count(*) from autoembed.failure f
-    where f.registration = failed_for_good.registration and f.next_try is null and f.key = any (keys);
+    select count(f.next_try), min(f.next_try), count(*) - count(f.next_try) from autoembed.failure f
+    where f.registration = held_rows.registration and f.key = any (keys);
 end;
 
 create procedure embed_wait(relation regclass, timeout interval default '1 minute')

@@ -22,7 +22,7 @@ declare
     r autoembed.registration;
 begin
     for r in select g.* from autoembed.registration g where g.enabled and autoembed.is_own(g.relation) loop
-        if autoembed.probe(r) then
+        if autoembed.probe(r) and autoembed.any_due(autoembed.shape_of(r.id)) then
             return true;
         end if;
     end loop;
@@ -30,7 +30,7 @@ begin
 end
 $$;
 
--- As has_pending, without a shape: to make one takes longer than all the rest of a tick.
+-- Is a row in the partial index? Without a shape: to make one takes longer than all the rest of a tick.
 create function autoembed.probe(r autoembed.registration, mode text default 'row exclusive mode') returns boolean
 language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare

@@ -23,6 +23,22 @@ from autoembed.registration r
 join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
 left join autoembed.models() m on m.name = r.model;
 
+-- Why embed_wait's relation is not done, column by column.
+create function autoembed.why_left(relation oid) returns text
+language sql volatile
+begin atomic
+    select string_agg(concat_ws(' ', c.target, case
+               when c.status = 'paused' then 'is paused'
+               when c.status <> 'ready' then format('is not filled (%s)', c.status)
+               when l.untried then 'has rows that were not tried yet'
+               else format('has %s rows that failed and are tried again, the next in %s s', l.waiting,
+                           greatest(0, round(extract(epoch from l.next_try - clock_timestamp())))) end), '; ' order by c.target)
+    from autoembed.registration r
+    join @extschema@.embedding_columns c on c.relation = r.relation::regclass and c.target = autoembed.column_name(r.relation, r.target)
+    cross join lateral autoembed.left_over(autoembed.shape_of(r.id)) l
+    where r.relation = why_left.relation and (l.untried or l.waiting > 0);
+end;
+
 create function autoembed.has_text(content text) returns text
 language sql immutable
 begin atomic

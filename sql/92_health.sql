@@ -59,7 +59,7 @@ begin
     if not autoembed.is_own(r.relation) then
         return (select k.pending from autoembed.known_counts(r) k) operator(pg_catalog.>) 0;
     end if;
-    return autoembed.probe(r, 'access share mode');
+    return autoembed.probe(r, 'access share mode') and autoembed.any_due(autoembed.shape_of(r.id));
 end
 $$;
 

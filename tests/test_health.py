@@ -163,7 +163,7 @@ def test_nobody_fills(db: Connection, connect: Connect, declared: Knowledge) -> 
     worker = connect()
     worker.execute("set statement_timeout = '20s'")
     with psycopg.connect(worker.info.dsn, autocommit=True) as other:
-        place = scalar(other, "select autoembed.take_place(3)")
+        place = scalar(other, "select autoembed.take_place(autoembed.own_places(3))")
         assert check(db, "schedule")[0] == "ok"
         assert place is not None
     wait_until(lambda: check(db, "schedule")[0] == "warn")

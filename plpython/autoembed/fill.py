@@ -186,10 +186,12 @@ class Filler:
         """One pass up to the last key; how many rows it saw and left to others or to the next pass.
 
         Behind the last long stretch of rows that it could not embed, the next call begins; or where the limits ended
-        this one, if it knew of such a stretch: so calls that are always cut short come round to each row, too.
+        this one, if it knew of such a stretch or embedded nothing: so even calls that are always cut short come round to
+        each row.
         """
         missed = barren = 0
         start = frontier = after
+        before = self.totals.embedded
         while room := self.limits.room(self.totals, self.batch):
             found = self.again(partial(self.database.candidates, self.column, after, room))
             if found is None:
@@ -202,7 +204,7 @@ class Filler:
             barren = 0 if self.totals.embedded > embedded else barren + found.passed
             if barren >= BARREN:
                 frontier = after
-        if after != start and (frontier or self.frontier):
+        if after != start and (frontier or self.frontier or self.totals.embedded == before):
             self.frontier = after
         return missed
 

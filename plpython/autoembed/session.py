@@ -271,16 +271,17 @@ class Session:
         if workers is None or not 1 <= workers <= MAX_WORKERS:
             self.fail(f"workers is {workers}", "22023", f"workers is 1 to {MAX_WORKERS}.")
         isolation = self.enter("embed_worker")
-        totals, place = Totals(), None
+        totals, places = Totals(), self.database.value("select autoembed.own_places($1)", ["int4"], [workers])
         try:
-            place = self.database.value("select autoembed.take_place($1)", ["int4"], [workers])
+            place = self.database.value("select autoembed.take_place($1)", ["int8[]"], [places])
+            places = places if place is None else [place]
             self.database.commit()
             if place is None:
                 self.plpy.notice("the embedding workers of this role are at work in this database already")
             else:
                 self.worker(batch, max_seconds, totals).run()
         finally:
-            self.give_up(place)
+            self.give_up(places)
             self.leave(isolation)
             if totals.tokens:
                 self.models.rest()
@@ -296,11 +297,12 @@ class Session:
 
         return Worker(self.database, fill, self.models.rest, warn, totals, max_seconds)
 
-    def give_up(self, place: int | None) -> None:
-        while place is not None:
+    def give_up(self, places: list[int]) -> None:
+        """Whichever of them this session holds: a cancel may have come as one was taken."""
+        while True:
             try:
                 self.database.rollback()
-                self.database.release([place])
+                self.database.release(places)
                 self.database.commit()
                 return
             except self.plpy.SPIError as error:
@@ -334,11 +336,11 @@ class Session:
                     "embedding_failures says why; embed_retry lets them be tried again.",
                 )
             if time.monotonic() >= end:
+                why = self.database.value("select autoembed.why_left($1)", ["oid"], [oid])
                 self.fail(
-                    f"rows of {relation} are still pending",
+                    f"rows of {relation} are still pending{f': {why}' if why else ''}",
                     "57014",
-                    "Is a worker at work (embed_worker, embed_schedule), and no column paused? "
-                    "embedding_progress shows how far it is.",
+                    "Is a worker at work (embed_worker, embed_schedule)? embedding_progress shows how far it is.",
                 )
             sleep(self.database, min(interval, end - time.monotonic()))
             interval = min(2 * interval, LONGEST)
@@ -530,8 +532,15 @@ class SessionDatabase:
     def declarations(self) -> str:
         return str(self.value("select autoembed.declarations()"))
 
-    def has_pending(self, column: Column) -> bool:
-        return bool(self.value("select autoembed.has_pending($1::autoembed.shape)", ["text"], [column.shape]))
+    def has_pending(self, column: Column, beyond: str | None) -> bool:
+        return bool(
+            self.value(
+                "select autoembed.has_pending($1::autoembed.shape, $2)", ["text", "text"], [column.shape, beyond]
+            )
+        )
+
+    def snapshot(self) -> str:
+        return str(self.value("select autoembed.snapshot()"))
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
         row = self.row(

@@ -22,7 +22,7 @@ TURN = 5
 PROBING_SHARE = 10
 """A worker of many columns sleeps at least so many times as long as its look at all of them took."""
 BARREN_SHARE = 10
-"""A column of which a fill embedded nothing (rows in back-off, others' rows) rests so many times as long as it took."""
+"""A column of which a fill embedded nothing (rows that others hold, say) rests so many times as long as it took."""
 ROUND = 60.0
 """Seconds after which each column is filled without a look: that tidies, and finds what a dead worker left behind."""
 NOT_ONES_OWN = "42501"
@@ -36,7 +36,8 @@ class Database(Protocol):
 
     def columns(self, oid: int | None) -> list[Column]: ...
     def declarations(self) -> str: ...
-    def has_pending(self, column: Column) -> bool: ...
+    def has_pending(self, column: Column, beyond: str | None) -> bool: ...
+    def snapshot(self) -> str: ...
     def sqlstate(self, error: Exception) -> str: ...
     def check_interrupts(self) -> None: ...
     def commit(self) -> None: ...
@@ -53,10 +54,15 @@ def sleep(database: Database, seconds: float) -> None:
 
 @dataclass
 class Place:
-    """When a column is looked at next, and when it is filled without a look."""
+    """Until when a column rests, and when it is filled without a look.
+
+    While it rests, only rows count that were not there yet when it was last filled, in the snapshot `seen`; while its
+    model is in trouble, none does.
+    """
 
     look: float = 0.0
     fill: float = 0.0
+    seen: str = ""
     trouble: str = ""
 
 
@@ -112,20 +118,23 @@ class Worker:
 
     def wants(self, column: Column) -> bool:
         place, now = self.places[column.registration], time.monotonic()
-        if now < place.look:
+        rests = now < place.look
+        if rests and place.trouble:
             return False
         try:
-            found = self.database.has_pending(column)
+            found = self.database.has_pending(column, place.seen if rests else None)
             self.database.commit()
         except self.database.error as error:
             if self.database.sqlstate(error) not in (*TRY_AGAIN, NOT_ONES_OWN):
                 raise
             self.database.rollback()
             return False
-        return found or now >= place.fill
+        return found or (now >= place.fill and not rests)
 
     def take_turn(self, column: Column) -> None:
         place, before, began = self.places[column.registration], self.handled(), time.monotonic()
+        place.seen = self.database.snapshot()
+        self.database.commit()
         try:
             self.fill(column, self.totals, Limits(None, max(1, min(TURN, round(self.left())))))
             place.trouble = ""
