@@ -75,7 +75,7 @@ def _computing(environ: Mapping[str, str]) -> list[Check]:
     except ImportError as error:
         return [*checks, Check("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
     checks.append(Check("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
-    found = re.search(r"BLAS_INFO=(\w+)", torch.__config__.show())
+    found = re.search(r"BLAS_INFO=(\w+)", torch._C._show_config())
     blas = cpu.blas() or (found[1] if found else "unknown")
     return [*checks, _blas(blas, cpu.matmul_gflops()), _device(environ)]
 
