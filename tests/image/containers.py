@@ -63,6 +63,7 @@ class Container:
         self.testcontainer = DockerContainer(image).with_exposed_ports(5432)
         self.testcontainer.env = {name: value for name, value in environment.items() if value is not None}
         self.testcontainer.volumes = mounts
+        self.testcontainer.with_command(options.pop("command", None))
         self.testcontainer.with_kwargs(ulimits=ulimits(), **options)
         self.started = time.monotonic()
         self.testcontainer.start()
@@ -101,7 +102,7 @@ class Container:
 
     def health(self) -> tuple[bool, str]:
         """What the image's own HEALTHCHECK says, run as the engine runs it."""
-        kind, *command = self.docker.image.attrs["Config"]["Healthcheck"]["Test"]
+        kind, *command = self.docker.attrs["Config"]["Healthcheck"]["Test"]
         assert kind == "CMD"
         status, output = self.run(*command)
         return status == 0, output
