@@ -141,15 +141,33 @@ begin atomic
                 else schedule end;
 end;
 
+create function autoembed.job_name(number integer) returns text
+language sql stable
+begin atomic
+    select format('pg_autoembed %s %s', current_database(), number);
+end;
+
 -- Everything qualified, all arguments named and of their very types: anybody may put an embed_pending(int) of his own on
 -- a path, and where the schema lets him an embed_worker whose totals are integers, which fit a plain 0 better.
-create function autoembed.job_command(schedule text, batch integer, workers integer) returns text
+create function autoembed.job_call(schedule text, batch integer, workers integer) returns text
 language sql stable
 begin atomic
     select case when schedule = 'worker' or (schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds())
-        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, '
-                    'embedded => 0::bigint, failed => 0::bigint, skipped => 0::bigint)', batch, workers)
+        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, embedded => n, failed => n, skipped => n)', batch, workers)
         else format('call autoembed.tick(batch => %s)', batch) end;
+end;
+
+-- DROP EXTENSION knows nothing of jobs, and no event trigger of an extension sees it go: so a job looks whether there is
+-- still something to call, and removes itself where there is not.
+create function autoembed.job_command(schedule text, batch integer, workers integer, number integer) returns text
+language sql stable
+begin atomic
+    select format('do %L', format(
+        'declare n pg_catalog.int8 := 0; begin if exists (select from pg_catalog.pg_extension where extname operator(pg_catalog.=) %L) then %s; else %s; end if; end',
+        'pg_autoembed', autoembed.job_call(schedule, batch, workers),
+        case when autoembed.has_cron() then format('perform cron.unschedule(%L)', autoembed.job_name(number))
+             else format('raise exception using message = %L, hint = %L', 'pg_autoembed is not in this database any more',
+                         format('Where pg_cron keeps its jobs: select cron.unschedule(jobid) from cron.job where jobname = %L', autoembed.job_name(number))) end));
 end;
 
 create function autoembed.check_schedule(schedule text, batch integer, workers integer) returns void
@@ -185,12 +203,6 @@ begin atomic
     where (select u.rolsuper from pg_catalog.pg_roles u where u.rolname = current_user);
 end;
 
-create function autoembed.job_name(number integer) returns text
-language sql stable
-begin atomic
-    select format('pg_autoembed %s %s', current_database(), number);
-end;
-
 create function embed_schedule(
     schedule text default '10 seconds', batch integer default 32, workers integer default 1,
     out role name, out job bigint, out job_schedule text, out command text)
@@ -200,13 +212,13 @@ begin
     schedule := trim(schedule);
     perform autoembed.check_schedule(schedule, batch, workers);
     job_schedule := autoembed.job_schedule(schedule);
-    command := autoembed.job_command(schedule, batch, workers);
     for role in select * from autoembed.scheduled_roles() loop
         if not (select u.rolcanlogin from pg_roles u where u.rolname = role) then
             raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail', role), hint = format('ALTER ROLE %I LOGIN', role);
             continue;
         end if;
         for n in 1 .. workers loop
+            command := autoembed.job_command(schedule, batch, workers, n);
             job := autoembed.ask_cron(autoembed.schedule_query(n, job_schedule, command, role));
             return next;
         end loop;

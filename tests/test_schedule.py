@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
@@ -17,9 +19,14 @@ pytest_plugins = ["support.rig"]
 CRON = {"shared_preload_libraries": "pg_cron", "cron.database_name": "autoembed", "cron.use_background_workers": "on"}
 TABLE = "create table {} (id int primary key, content text, embedding vector(384))"
 JOBS = "select username, schedule, command from cron.job order by jobid"
-WORKER = (
-    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, "
-    "embedded => 0::bigint, failed => 0::bigint, skipped => 0::bigint)"
+COMMAND = (
+    "do 'declare n pg_catalog.int8 := 0; begin if exists (select from pg_catalog.pg_extension where extname "
+    "operator(pg_catalog.=) ''pg_autoembed'') then {}; else perform cron.unschedule(''pg_autoembed autoembed 1''); "
+    "end if; end'"
+)
+TICK = COMMAND.format("call autoembed.tick(batch => {})")
+WORKER = COMMAND.format(
+    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, embedded => n, failed => n, skipped => n)"
 )
 HOSTILE = "create procedure {}.embed_pending(batch int) language sql as 'select 1/0'"
 FUNCTIONS = "function embed_schedule, function embed_unschedule, procedure embed_pending, procedure embed_worker"
@@ -85,23 +92,23 @@ def test_seconds_become_a_worker_where_pg_cron_has_no_seconds(db: Connection) ->
     natively = scalar(
         db, "select string_to_array(extversion, '.')::text[] >= '{1,5}' from pg_extension where extname = 'pg_cron'"
     )
-    expected = ("10 seconds", "call autoembed.tick(batch => 32)") if natively else ("* * * * *", WORKER)
+    expected = ("10 seconds", TICK.format(32)) if natively else ("* * * * *", WORKER)
     assert rows(db, JOBS) == [("postgres", *expected)]
 
 
 def test_seconds_of_a_newer_pg_cron(db: Connection) -> None:
     """As far as the jobs go: what is scheduled is decided by the extension's version."""
     db.execute("begin; update pg_extension set extversion = '1.6' where extname = 'pg_cron'")
-    assert rows(db, "select autoembed.job_schedule('10 seconds'), autoembed.job_command('10 seconds', 8, 1)") == [
-        ("10 seconds", "call autoembed.tick(batch => 8)")
+    assert rows(db, "select autoembed.job_schedule('10 seconds'), autoembed.job_command('10 seconds', 8, 1, 1)") == [
+        ("10 seconds", TICK.format(8))
     ]
-    assert scalar(db, "select autoembed.job_command('worker', 32, 1)") == WORKER
+    assert scalar(db, "select autoembed.job_command('worker', 32, 1, 1)") == WORKER
     db.execute("rollback")
 
 
 def test_cron_text_and_word(db: Connection) -> None:
     db.execute("select embed_schedule('*/5 * * * *', batch => 8)")
-    assert rows(db, JOBS) == [("postgres", "*/5 * * * *", "call autoembed.tick(batch => 8)")]
+    assert rows(db, JOBS) == [("postgres", "*/5 * * * *", TICK.format(8))]
     db.execute("select embed_schedule('worker')")
     assert rows(db, JOBS) == [("postgres", "* * * * *", WORKER)]
 
@@ -151,6 +158,21 @@ def test_each_owner_has_his_job(db: Connection, server: Server) -> None:
     assert scalar(db, "select embed_unschedule()") == 1
 
 
+def test_job_outlives_the_extension_by_one_run(db: Connection, server: Server) -> None:
+    """It removes itself, from within any database that has pg_cron; from another one it says what to do."""
+    make_role(db, "alice")
+    with server.connect(role="alice") as alice:
+        commands = [row[3] for row in rows(alice, "select * from embed_schedule('worker', workers => 2)")]
+        assert scalar(alice, "select count(*) from cron.job") == 2
+        db.execute("drop extension pg_autoembed cascade")
+        try:
+            for left, command in zip((1, 0), commands, strict=True):
+                alice.execute(command)
+                assert scalar(alice, "select count(*) from cron.job") == left
+        finally:
+            db.execute("create extension pg_autoembed")
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +211,12 @@ def test_in_another_database(db: Connection, server: Server) -> None:
             elsewhere.execute("create extension dblink")
             elsewhere.execute("select embed_schedule('worker')")
             assert rows(db, "select username, database from cron.job") == [("postgres", "elsewhere")]
+            command = scalar(elsewhere, "select command from embed_schedule('worker')")
+            elsewhere.execute("drop extension pg_autoembed")
+            error = refused(elsewhere, command)
+            assert "pg_autoembed is not in this database any more" in str(error)
+            assert "select cron.unschedule(jobid) from cron.job" in str(error.diag.message_hint)
+            elsewhere.execute("create extension pg_autoembed")
             assert scalar(elsewhere, "select embed_unschedule()") == 1
         db.execute(statement.encode())
     finally:
@@ -235,6 +263,53 @@ def test_a_tick_fills_and_an_idle_one_starts_no_python(db: Connection, server: S
         assert scalar(job, maps) is True
 
 
+def test_worker_of_a_job_holds_nothing_asleep(db: Connection, server: Server) -> None:
+    """The block around its call keeps no snapshot either."""
+    make_table(db, "docs")
+    db.execute("insert into docs values (1, 'a text')")
+    command = scalar(db, "select command from embed_schedule('worker')")
+    with server.connect() as job, ThreadPoolExecutor() as pool:
+        ended = pool.submit(job.execute, command)
+        wait_until(lambda: scalar(db, "select count(embedding) from docs") == 1)
+        time.sleep(1)
+        asleep = "select backend_xmin is null and backend_xid is null from pg_stat_activity where pid = %s"
+        looks = [scalar(db, asleep, job.info.backend_pid) for _ in range(50) if not time.sleep(0.01)]  # type: ignore[func-returns-value]
+        db.execute("select pg_terminate_backend(%s)", [job.info.backend_pid])
+        assert looks.count(True) >= 40
+        assert isinstance(ended.exception(timeout=10), errors.AdminShutdown)
+
+
+def test_tick_with_nothing_to_be_done_now_starts_no_python(db: Connection, server: Server) -> None:
+    """Rows that have failed, for good or until their time comes, and texts that are blank after all."""
+    make_table(db, "docs")
+    db.execute("insert into docs values (1, 'a raiseword text'), (2, 'another raiseword text'), (3, repeat(' ', 100))")
+    db.execute("call embed_pending()")
+    db.execute("update autoembed.failure set next_try = null where key = '[1]'")
+    with server.connect() as job:
+        maps = f"select pg_read_file('/proc/{job.info.backend_pid}/maps') ~ 'plpython3'"
+        job.execute("call autoembed.tick(batch => 32)")
+        assert scalar(job, maps) is False
+        db.execute("update autoembed.failure set next_try = clock_timestamp() where key = '[2]'")
+        db.execute("update docs set content = 'a fine text' where id = 1")
+        job.execute("call autoembed.tick(batch => 32)")
+        assert scalar(job, maps) is True
+        assert rows(db, "select key, attempts from autoembed.failure") == [([2], 2)]
+        assert scalar(db, "select count(embedding) from docs") == 1
+
+
+def test_tick_finds_what_is_behind_many_failures(db: Connection, server: Server) -> None:
+    make_table(db, "docs")
+    db.execute("insert into docs select g, 'a raiseword text ' || g from generate_series(1, 1200) g")
+    db.execute(
+        """insert into autoembed.failure (registration, key, hash, kind, message)
+           select r.id, jsonb_build_array(d.id), autoembed.hash(d.content), 'encoder', 'none'
+           from docs d, autoembed.registration r"""
+    )
+    db.execute("insert into docs values (1201, 'a fine text')")
+    db.execute("call autoembed.tick(batch => 32)")
+    assert scalar(db, "select count(embedding) from docs") == 1
+
+
 @pytest.mark.slow
 def test_jobs_fill_by_themselves_and_come_back(db: Connection, server: Server) -> None:
     """Both styles, as their owners, with a hostile procedure in their way; and after a worker was killed."""
@@ -251,7 +326,7 @@ def test_jobs_fill_by_themselves_and_come_back(db: Connection, server: Server) -
         bob.execute("select embed_schedule('10 seconds')")
     wait_until(lambda: scalar(db, "select count(h.embedding) + count(i.embedding) from hers h, his i") == 2, timeout=75)
     workers = (
-        "select pid from pg_stat_activity where query like 'call public.embed_worker%' and pid <> pg_backend_pid()"
+        "select pid from pg_stat_activity where query like '%%call public.embed_worker%%' and pid <> pg_backend_pid()"
     )
     worker = scalar(db, workers)
     db.execute("insert into his values (2, 'while it waits')")

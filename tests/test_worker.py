@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,8 +136,9 @@ def test_one_broken_model_keeps_no_other_column_waiting(
     assert [n.severity for n in heard if "fading" in str(n.message)] == ["WARNING"]
 
 
+@pytest.mark.parametrize("mode", ["share", "access exclusive"])
 def test_locked_table_keeps_no_other_waiting(
-    db: Connection, connect: Connect, knowledge: Knowledge, declared: Knowledge
+    db: Connection, connect: Connect, knowledge: Knowledge, declared: Knowledge, mode: str
 ) -> None:
     """An index that is built for hours, or VACUUM FULL."""
     declared(2)
@@ -143,7 +146,7 @@ def test_locked_table_keeps_no_other_waiting(
     db.execute("select embed_column('held', 'content'::name)")
     holder = connect()
     with holder.transaction():
-        holder.execute("lock table held in share mode")
+        holder.execute(f"lock table held in {mode} mode".encode())
         with working(db, connect()) as worker:
             wait_for(db)
             db.execute("insert into knowledge (content) values ('one more')")
@@ -163,6 +166,36 @@ def test_failing_rows_do_not_keep_it_busy(db: Connection, connect: Connect, decl
         assert cpu_seconds(worker.pid) - before < 0.6
         db.execute("insert into knowledge (content) values ('behind a failing row')")
         wait_until(lambda: pending(db) == 1, timeout=3)
+
+
+def test_resting_column_notices_what_is_new(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:
+    """Rows that somebody holds are encoded in vain: then the column rests, but not for rows that come meanwhile."""
+    declared(16)
+    holder, writer = connect(), connect()
+    rig.pace(0.5)
+    with holder.transaction():
+        holder.execute("select from knowledge for update")
+        with working(db, connect(), batch=8) as worker, writer.transaction():
+            writer.execute("insert into knowledge (content) values ('not yet there')")
+            rig.wait_for_encoding(worker.pid, 4)  # twice all of them: more than a second in vain
+            time.sleep(2)
+            encoded = len(rig.encodings())
+            time.sleep(1)
+            assert len(rig.encodings()) == encoded
+            rig.pace(0)
+            db.execute("insert into knowledge (content) values ('new')")
+            wait_until(lambda: pending(db) == 16, timeout=3)
+
+
+def test_short_calls_come_round_to_each_row(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    """Also where all that a call has time for is held by somebody."""
+    declared(24)
+    holder = connect()
+    with holder.transaction():
+        holder.execute("select from knowledge where id <= 16 for update")
+        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(0, 0, 16)]
+        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(8, 0, 8)]
+    assert rows(db, "call embed_pending()") == [(16, 0, 0)]
 
 
 # --- how it sleeps -------------------------------------------------------------------------------------------------
@@ -303,6 +336,22 @@ def test_role_whose_name_needs_quotes(db: Connection) -> None:
         db.execute("""reset role; drop owned by "Alice.B"; drop role "Alice.B" """)
 
 
+def test_cancel_as_it_takes_its_place_leaves_no_lock(db: Connection, connect: Connect) -> None:
+    """In a pooled session, the lock would keep all of the role's workers away."""
+    body = str(scalar(db, "select prosrc from pg_proc where oid = 'autoembed.take_place(bigint[])'::regprocedure"))
+    slow = body.replace("return place;", "perform pg_sleep(20); return place;")
+    assert slow != body
+    create = "create or replace function autoembed.take_place(places bigint[]) returns bigint language plpgsql as"
+    db.execute(f"{create} $body${slow}$body$".encode())
+    connection = connect()
+    with working(db, connection, workers=3) as worker:
+        db.execute("select pg_cancel_backend(%s)", [worker.pid])
+        worker.seconds_until_done()
+    assert isinstance(worker.error, errors.QueryCanceled)
+    assert scalar(db, PLACES, worker.pid) == 0
+    assert scalar(connection, "show default_transaction_isolation") == "read committed"
+
+
 @pytest.mark.parametrize(
     "arguments", ["batch => 0", "max_seconds => -1", "workers => 0", "workers => 65", "workers => null"]
 )
@@ -343,6 +392,26 @@ def test_wait_says_at_once_that_rows_have_failed(db: Connection, declared: Knowl
         db.execute("call embed_wait('knowledge', '0')")
     db.execute("call embed_pending()")
     db.execute("call embed_wait('knowledge', '0')")
+
+
+def test_wait_says_what_is_left_and_why(db: Connection, declared: Knowledge, rig: Rig) -> None:
+    def complaint() -> str:
+        with pytest.raises(errors.QueryCanceled, match="still pending") as caught:
+            db.execute("call embed_wait('knowledge', '0')")
+        return str(caught.value.diag.message_primary).partition("pending: ")[2]
+
+    folder = add_stub(rig.models, "stub-gone")
+    declared(0, texts=["a raiseword text", "a fine text", "a raiseword, too"])
+    assert complaint() == "embedding has rows that were not tried yet"
+    db.execute("call embed_pending()")
+    assert re.fullmatch("embedding has 2 rows that failed and are tried again, the next in (29|30) s", complaint())
+    db.execute("select embed_column_set('knowledge', 'embedding', enabled => false)")
+    assert complaint() == "embedding is paused"
+    db.execute("alter table knowledge add other vector(384)")
+    db.execute("select embed_column('knowledge', 'content'::name, 'other', model => 'stub-gone')")
+    shutil.rmtree(folder)
+    missing = "other is not filled (model missing: add it with `autoembed model add`)"
+    assert complaint() == f"embedding is paused; {missing}"
 
 
 def test_wait_holds_nothing(db: Connection, connect: Connect, declared: Knowledge) -> None:

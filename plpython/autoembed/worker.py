@@ -84,15 +84,15 @@ class Worker:
     def run(self) -> None:
         interval, tired = SHORTEST, False
         while self.left() > 0:
-            began, spent = time.monotonic(), self.handled()
-            self.look_around()
+            spent = self.handled()
+            looking = self.look_around()
             if self.handled() > spent:
                 interval, tired = SHORTEST, True
                 continue
             if tired and interval >= LONGEST:
                 self.rest()
                 tired = False
-            sleep(self.database, min(max(interval, PROBING_SHARE * (time.monotonic() - began)), self.left()))
+            sleep(self.database, min(max(interval, PROBING_SHARE * looking), self.left()))
             interval = min(2 * interval, LONGEST)
 
     def left(self) -> float:
@@ -102,12 +102,14 @@ class Worker:
     def handled(self) -> int:
         return self.totals.embedded + self.totals.failed
 
-    def look_around(self) -> None:
-        """At each column once, in the order of their last turns."""
+    def look_around(self) -> float:
+        """At each column once, in the order of their last turns; the seconds that looking took, not filling."""
+        began, filling = time.monotonic(), 0.0
         self.notice_declarations()
         for column in self.columns:
             if self.left() > 0 and self.wants(column):
-                self.take_turn(column)
+                filling += self.take_turn(column)
+        return time.monotonic() - began - filling
 
     def notice_declarations(self) -> None:
         declared = self.database.declarations()
@@ -131,7 +133,8 @@ class Worker:
             return False
         return found or (now >= place.fill and not rests)
 
-    def take_turn(self, column: Column) -> None:
+    def take_turn(self, column: Column) -> float:
+        """Fill it for a while; the seconds that this took."""
         place, before, began = self.places[column.registration], self.handled(), time.monotonic()
         place.seen = self.database.snapshot()
         self.database.commit()
@@ -143,8 +146,9 @@ class Worker:
                 self.warn(column, error)
             place.trouble = str(error)
             place.look = time.monotonic() + TROUBLE
-            return
-        now = time.monotonic()
-        place.fill = now + ROUND
+            return time.monotonic() - began
+        took = time.monotonic() - began
+        place.fill = began + took + ROUND
         if self.handled() == before:
-            place.look = now + BARREN_SHARE * (now - began)
+            place.look = began + took + BARREN_SHARE * took
+        return took

@@ -197,6 +197,7 @@ def test_read_only_without_network_and_privileges(volume: str, make: Make) -> No
         read_only=True,
         network_mode="none",
         mounts={volume: "/run/postgresql"},
+        tmpfs=["/tmp"],
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],
     )
