@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from autoembed import API_VERSION, batching, memory, models, offline, settings, vectors
+from autoembed import API_VERSION, batching, memory, models, offline, settings, signals, vectors
 from autoembed.device import resolve
 from autoembed.errors import ApiMismatch, AutoembedError, BrokenModel
 
@@ -96,6 +96,7 @@ def load_all(loaded: Preloaded, wanted: Settings, warn: Warn) -> None:
             warn(f"embedding model {name} was not preloaded: {kind}{error}")
 
 
+@signals.kept()
 def prepare(loaded: Preloaded) -> None:
     """Before the first model: torch with one thread."""
     offline.set_environment()
