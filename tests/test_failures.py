@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from autoembed import manifest as manifests
+from autoembed import install
 from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
 from support.rigging import Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
@@ -84,20 +83,8 @@ def test_bad_rows_among_many_batches(db: Connection, declared: Knowledge) -> Non
     assert rows(db, "select id from knowledge where embedding is null order by id") == [(n,) for n in bad]
 
 
-def register(models: Path, folder: Path, like: Path, dimensions: int, *, normalizes: bool) -> None:
-    """As `model add`, which tries models out and would take its time, and would refuse some."""
-    files = manifests.describe(folder, list(manifests.paths(folder)))
-    known = manifests.read(like)
-    manifest = dataclasses.replace(known, name=folder.name, dimensions=dimensions, normalizes=normalizes, files=files)
-    manifests.write(folder, manifest)
-    folder.rename(models / folder.name)
-
-
 @pytest.mark.slow
-def test_real_models_that_go_wrong_on_a_word(
-    db: Connection, knowledge: Knowledge, rig: Rig, model_dir: Path, tmp_path: Path
-) -> None:
-    real = model_dir / "all-MiniLM-L6-v2"
+def test_real_models_that_go_wrong_on_a_word(db: Connection, knowledge: Knowledge, rig: Rig, tmp_path: Path) -> None:
     wrong = {
         "raising": raises_for("galaxy", tmp_path),
         "turning_nan": nan_for("galaxy", tmp_path),
@@ -105,7 +92,7 @@ def test_real_models_that_go_wrong_on_a_word(
     }
     for kind, folder in wrong.items():
         size = 32 if kind == "zeroing" else 384
-        register(rig.models, folder, real, size, normalizes=kind != "zeroing")
+        install.add(folder, rig.models)
         knowledge(
             relation=kind, texts=[f"a {'galaxy' if n == 5 else 'text'} {n}" for n in range(1, 13)], dimensions=size
         )
