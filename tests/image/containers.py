@@ -64,6 +64,8 @@ class Container:
         self.testcontainer.env = {name: value for name, value in environment.items() if value is not None}
         self.testcontainer.volumes = mounts
         self.testcontainer.with_command(options.pop("command", None))
+        for path in options.pop("tmpfs", ()):
+            self.testcontainer.with_tmpfs_mount(path)
         self.testcontainer.with_kwargs(ulimits=ulimits(), **options)
         self.started = time.monotonic()
         self.testcontainer.start()
