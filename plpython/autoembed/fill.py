@@ -186,8 +186,7 @@ class Filler:
         """One pass up to the last key; how many rows it saw and left to others or to the next pass.
 
         Behind the last long stretch of rows that it could not embed, the next call begins; or where the limits ended
-        this one, if it knew of such a stretch or embedded nothing: so calls that are always cut short come round to each
-        row as well.
+        this one, if it knew of such a stretch or embedded nothing: so calls that are always cut short come to each row.
         """
         missed = barren = 0
         start = frontier = after

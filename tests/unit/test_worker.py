@@ -1,0 +1,93 @@
+"""The worker's loop, with a database that only answers, and shorter times than a server's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from autoembed import worker
+from autoembed.errors import AutoembedError, UnknownModel
+from autoembed.fill import Column, Limits, Totals
+from autoembed.worker import Worker
+
+
+class Answers:
+    """Columns by their number of pending rows; nothing is ever in anybody's way."""
+
+    error: type[Exception] = ZeroDivisionError
+
+    def __init__(self, **pending: int) -> None:
+        self.pending = pending
+
+    def columns(self, oid: int | None) -> list[Column]:  # noqa: ARG002
+        return [Column(n, label, "model", "fingerprint", 3, "") for n, label in enumerate(self.pending)]
+
+    def declarations(self) -> str:
+        return ",".join(self.pending)
+
+    def has_pending(self, column: Column, beyond: str | None) -> bool:
+        return beyond is None and self.pending[column.label] > 0
+
+    def snapshot(self) -> str:
+        return "now"
+
+    def sqlstate(self, error: Exception) -> str:
+        return str(error)
+
+    def check_interrupts(self) -> None:
+        pass
+
+    commit = rollback = check_interrupts
+
+
+Fill = Callable[[Column, Totals, Limits], None]
+
+
+def work(database: Answers, fill: Fill, seconds: int = 1) -> list[str]:
+    """Which columns were filled, in that order; a warning of one is '!' before its name."""
+    turns: list[str] = []
+
+    def fill_one(column: Column, totals: Totals, limits: Limits) -> None:
+        turns.append(column.label)
+        fill(column, totals, limits)
+
+    def warn(column: Column, error: AutoembedError) -> None:
+        turns.append(f"!{column.label}")
+
+    Worker(database, fill_one, lambda: None, warn, Totals(), seconds).run()
+    return turns
+
+
+def test_each_column_has_its_turn() -> None:
+    """One that never ends keeps no other waiting."""
+    limits_seen: list[int | None] = []
+
+    def fill(column: Column, totals: Totals, limits: Limits) -> None:
+        limits_seen.append(limits.seconds)
+        totals.embedded += 1
+
+    turns = work(Answers(large=10**9, small=10**9), fill)
+    assert turns[:4] == ["large", "small", "large", "small"]
+    assert set(limits_seen) == {1}
+    assert worker.TURN <= 10
+
+
+def test_each_column_is_filled_now_and_then_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That tidies, and finds what a dead worker left behind."""
+    monkeypatch.setattr(worker, "ROUND", 0.4)
+    turns = work(Answers(idle=0), lambda *_: None, 2)
+    assert 4 <= len(turns) <= 5
+    monkeypatch.setattr(worker, "ROUND", 60)
+    assert work(Answers(idle=0), lambda *_: None) == ["idle"]
+
+
+def test_model_in_trouble_rests_and_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(column: Column, totals: Totals, limits: Limits) -> None:
+        raise UnknownModel(name="gone", directory="here")
+
+    assert work(Answers(bad=1), fill) == ["bad", "!bad"]
+    monkeypatch.setattr(worker, "TROUBLE", 0.3)
+    turns = work(Answers(bad=1), fill)
+    assert turns.count("bad") in (3, 4)
+    assert turns.count("!bad") == 1
