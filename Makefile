@@ -35,8 +35,9 @@ test-all: install dev  ## the tests, slow ones too, and the image's
 image:      ## Dockerfile.postgres as IMAGE (TORCH_VERSION, MODEL, PG_IMAGE: see its head)
 	@scripts/image.sh build
 
-image-test: dev  ## the image's tests, in containers
+image-test: dev  ## the image's tests, and those of the SQL by the image's PostgreSQL
 	@scripts/image.sh test
+	@scripts/image.sh suite
 
 up: install  ## start a private server under .pg/ with the extension in it
 	@scripts/server.sh up

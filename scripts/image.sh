@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # image.sh build: Dockerfile.postgres as $IMAGE. image.sh test [pytest's arguments]: its tests. image.sh suite [pytest's
-# arguments]: the product's own, run by the image's PostgreSQL. The latter two build what is not built.
+# arguments]: the product's own, run by the image's PostgreSQL; without arguments those of its SQL. Both build it first.
 # On the base that PG_IMAGE names, postgres:17-trixie unless said otherwise; where no registry can be reached, on the
 # stand-in of tests/image/base, which is for tests alone, with Debian's torch.
 source "$(dirname "$0")/lib.sh"
@@ -10,6 +10,7 @@ source "$ROOT/tests/image/standin.sh"
 IMAGE=${IMAGE:-pg_autoembed:$VERSION}
 PG_IMAGE=${PG_IMAGE:-}
 BASE=postgres:17-trixie
+SQL_TESTS=(tests/test_{declare,embed,fill,triggers,search,views,privileges,sessions}.py -m "not slow")
 
 find_base() {
     [ -z "$PG_IMAGE" ] || return 0
@@ -32,6 +33,7 @@ lent() {
 build() {
     local options=("${BUILD_OPTIONS[@]}") name
     find_base
+    # shellcheck disable=SC2034  # read by name below
     ! is_standin || TORCH_VERSION=system
     [ "$ENGINE" = podman ] || export DOCKER_BUILDKIT=1
     for name in PG_IMAGE TORCH_VERSION TORCH_INDEX MODEL MODEL_SOURCE; do
@@ -60,6 +62,7 @@ run_suite() {
     local options=("${BUILD_OPTIONS[@]}")
     mapfile -O "${#options[@]}" -t options < <(lent)
     "$ENGINE" build -q "${options[@]}" --build-arg "IMAGE=$IMAGE" -t "$IMAGE-suite" -f "$ROOT/tests/image/suite/Containerfile" "$ROOT" >/dev/null
+    [ $# -gt 0 ] || set -- "${SQL_TESTS[@]}"
     "$ENGINE" run --rm --network none --shm-size 1g -v "$ROOT:/checkout:ro" "$IMAGE-suite" "$@"
 }
 
