@@ -205,3 +205,11 @@ def test_cancel_goes_through(stub: Connection, rig: Rig) -> None:
     stub.execute("set statement_timeout = '300ms'")
     with pytest.raises(errors.QueryCanceled):
         stub.execute("select embed(array(select 'text ' || g from generate_series(1, 200) g))")
+
+
+def test_context_of_an_error_is_short(db: Connection) -> None:
+    """PL/Python makes a line of each Python frame: of ours there is one, however deep it was."""
+    with pytest.raises(errors.InvalidParameterValue) as caught:
+        db.execute("select embed('text', 'no-such')")
+    context = str(caught.value.diag.context)
+    assert len(context.splitlines()) == 5, context

@@ -64,12 +64,12 @@ def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concaten
         try:
             return method(self, *arguments, **options)
         except AutoembedError as error:
-            self.fail(str(error), error.sqlstate, error.hint)
+            refusal = self.refusal(str(error), error.sqlstate, error.hint)
         except self.plpy.SPIError as error:
-            detail, hint = error.spidata[1:3]
-            if WORDED.match(str(error)):
-                self.fail(str(error), error.sqlstate, hint, detail if error.sqlstate == "42501" else None)
-            self.fail(f"the call was ended by SQLSTATE {error.sqlstate}", error.sqlstate, HIDDEN)
+            refusal = self.worded(error)
+        except self.error as error:
+            refusal = error
+        raise refusal.with_traceback(None) from None  # PL/Python makes a CONTEXT of each frame
 
     return call
 
@@ -453,10 +453,20 @@ class Session:
 
     # --- errors ------------------------------------------------------------------------------------------------
 
-    def fail(self, message: str, sqlstate: str, hint: str | None, detail: str | None = None) -> NoReturn:
+    def fail(self, message: str, sqlstate: str, hint: str | None) -> NoReturn:
+        raise self.refusal(message, sqlstate, hint)
+
+    def refusal(self, message: str, sqlstate: str, hint: str | None, detail: str | None = None) -> Any:
         error = self.error(message)
         error.sqlstate, error.hint, error.detail = sqlstate, hint, detail
-        raise error from None
+        return error
+
+    def worded(self, error: Any) -> Any:
+        """The server's error, if its words are known to quote no row."""
+        detail, hint = error.spidata[1:3]
+        if WORDED.match(str(error)):
+            return self.refusal(str(error), error.sqlstate, hint, detail if error.sqlstate == "42501" else None)
+        return self.refusal(f"the call was ended by SQLSTATE {error.sqlstate}", error.sqlstate, HIDDEN)
 
 
 class Progress:
