@@ -207,9 +207,9 @@ def test_cancel_goes_through(stub: Connection, rig: Rig) -> None:
         stub.execute("select embed(array(select 'text ' || g from generate_series(1, 200) g))")
 
 
-def test_context_of_an_error_is_short(db: Connection) -> None:
+def test_context_of_an_error_is_short(stub: Connection) -> None:
     """PL/Python makes a line of each Python frame: of ours there is one, however deep it was."""
     with pytest.raises(errors.InvalidParameterValue) as caught:
-        db.execute("select embed('text', 'no-such')")
+        stub.execute("select embed('text', 'no-such')")
     context = str(caught.value.diag.context)
     assert len(context.splitlines()) == 5, context
