@@ -324,23 +324,23 @@ def test_labels_say_what_it_is() -> None:
 
 
 def lent_lines(shared: Container) -> list[bytes]:
-    """Lines of what the build was lent that the base does not have by itself: certificates of one's own, say."""
+    """A few lines of what the build was lent, such as a certificate of one's own, that the base does not have."""
     have = shared.run("cat", "/etc/ssl/certs/ca-certificates.crt")[1]
     lent = [os.environ.get(name, "") for name in ("PIP_CERT", "SSL_CERT_FILE", "PIP_CONFIG_FILE")]
     texts = [Path(file).read_text() for file in lent if file and Path(file).is_file()]
-    lines = {line.strip() for text in texts for line in text.splitlines()}
-    return [line.encode() for line in lines if len(line) > 30 and line not in have]
+    own = [
+        [line.strip() for line in text.splitlines() if len(line) > 30 and line.strip() not in have] for text in texts
+    ]
+    return [line.encode() for lines in own for line in (*lines[:1], *lines[-4:])]
 
 
 def test_no_secret_in_its_layers(shared: Container) -> None:
     image = docker.from_env().images.get(IMAGE)
     told = " ".join([*image.attrs["Config"]["Env"], *(layer["CreatedBy"] or "" for layer in image.history())])
     assert not re.search(r"(?i)(password|token|secret)=|://[^/ ]+:[^/ ]+@", told)
-    wanted = lent_lines(shared)
-    pattern = re.compile(b"|".join(map(re.escape, wanted))) if wanted else None
+    secrets = [PASSWORD.encode(), *lent_lines(shared)]
     former = b""
     for chunk in image.save(chunk_size=8 << 20):
         text = former + chunk
-        assert PASSWORD.encode() not in text
-        assert pattern is None or not pattern.search(text)
+        assert not [secret for secret in secrets if secret in text]
         former = chunk[-200:]
