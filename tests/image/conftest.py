@@ -11,6 +11,12 @@ import pytest
 from image.containers import Container
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """testcontainers and docker leave their connections to the garbage collector."""
+    warning = "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
+    config.addinivalue_line("filterwarnings", warning)
+
+
 @pytest.fixture
 def make() -> Iterator[Callable[..., Container]]:
     """make(image=…, volume=…, environment={…}, mounts={…}, …): a container; what is left of it goes after the test."""

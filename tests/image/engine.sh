@@ -37,17 +37,21 @@ find_engine() {
 # podman's answer to Docker's interface, for testcontainers; ends with this script.
 serve_engine() {
     [ "$ENGINE" = podman ] || return 0
-    local socket=$ENGINE_STATE/podman.sock
     mkdir -p "$ENGINE_STATE"
-    rm -f "$socket"
-    podman system service --time=0 "unix://$socket" 2>"$ENGINE_STATE/service.log" &
+    ENGINE_SOCKETS=$(mktemp -d "$ENGINE_STATE/service.XXXXXX")
+    local socket=$ENGINE_SOCKETS/podman.sock log=$ENGINE_SOCKETS/log
+    podman system service --time=0 "unix://$socket" 2>"$log" &
     ENGINE_SERVICE=$!
     export DOCKER_HOST=unix://$socket TESTCONTAINERS_RYUK_DISABLED=true TESTCONTAINERS_CONNECTION_MODE=docker_host
     for _ in $(seq 50); do
         [ ! -S "$socket" ] || return 0
         sleep 0.2
     done
-    die "podman does not serve $socket: $(tail -n 3 "$ENGINE_STATE/service.log")"
+    die "podman does not serve $socket: $(tail -n 3 "$log")"
 }
 
-stop_serving() { [ -z "${ENGINE_SERVICE:-}" ] || kill "$ENGINE_SERVICE" 2>/dev/null || true; }
+stop_serving() {
+    [ -n "${ENGINE_SERVICE:-}" ] || return 0
+    kill "$ENGINE_SERVICE" 2>/dev/null || true
+    rm -rf "$ENGINE_SOCKETS"
+}
