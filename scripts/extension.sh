@@ -18,7 +18,7 @@ build() {
     mkdir -p "$BUILD"
     with_site "$ROOT"/sql/*.sql >"$BUILD/pg_autoembed--$VERSION.sql"
     for upgrade in "$ROOT"/sql/upgrade/*.sql; do
-        [ ! -e "$upgrade" ] || with_site "$upgrade" >"$BUILD/$(basename "$upgrade")"
+        [ ! -e "$upgrade" ] || with_site "$ROOT/sql/00_guard.sql" "$upgrade" >"$BUILD/$(basename "$upgrade")"
     done
     printf '#!/bin/sh\nexec "%s/bin/python" -I -m autoembed "$@"\n' "$SITE" >"$BUILD/autoembed"
 }

@@ -1,6 +1,3 @@
--- complain when the script is read by psql instead of create extension
-\echo Use "create extension pg_autoembed cascade" to load this file. \quit
-
 -- The interface goes into the schema that the extension is installed in; state and inner functions live here.
 create schema autoembed;
 

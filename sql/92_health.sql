@@ -248,13 +248,13 @@ declare
 begin
     foreach part in array array['extension', 'encoding', 'columns', 'schedule', 'pending', 'failures', 'suspects'] loop
         begin
-            return query execute pg_catalog.format('select h.check_name, h.status, h.message, h.hint from autoembed.%I() h', part || '_health');
+            return query execute pg_catalog.format('select h.check_name, h.status, h.message, h.hint from autoembed.%I() h', pg_catalog.concat(part, '_health'));
         exception when others then
             check_name := part;
             status := 'warn';
             message := pg_catalog.format('this check could not be made (SQLSTATE %s)', sqlstate);
             hint := null;
-            if part = 'encoding' then
+            if part operator(pg_catalog.=) 'encoding' then
                 status := 'fail';
                 message := sqlerrm;
             end if;

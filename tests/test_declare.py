@@ -660,3 +660,29 @@ def test_failed_declaration_leaves_nothing(warm: Connection) -> None:
     warm.execute("rollback")
     assert declared(warm) == []
     assert [row for row in objects_of(warm) if row[0] == "trigger"] == []
+
+
+STRANGERS = {
+    "function": "create function home.format(text, text) returns text language sql return $1",
+    "operator": "create operator home.|| (function = pg_catalog.textcat, leftarg = text, rightarg = text)",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_is_not_installed_among_a_strangers_functions(db: Connection, kind: str) -> None:
+    """They could match a call of the script better than PostgreSQL's own, and would run as superuser."""
+    db.execute("drop extension pg_autoembed cascade")
+    db.execute("create role stranger")
+    try:
+        db.execute("create schema home authorization stranger")
+        with acting_as(db, "stranger"):
+            db.execute(STRANGERS[kind].encode())
+            db.execute("create function home.harmless(text) returns text language sql return $1")
+        error = refusal(db, "create extension pg_autoembed schema home")
+        assert error.sqlstate == "55000"
+        assert "schema home holds " in str(error.diag.message_primary)
+        db.execute(b"drop function home.format" if kind == "function" else b"drop operator home.|| (text, text)")
+        db.execute("create extension pg_autoembed schema home")
+    finally:
+        db.execute("drop schema home cascade")
+        db.execute("drop role stranger")

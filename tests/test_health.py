@@ -307,6 +307,21 @@ def test_stranger_hears_of_nobodys_rows(
     assert check(alice, "schedule")[1] == "no column of the reader's is declared"
 
 
+def test_a_path_of_anothers_making_runs_nothing(db: Connection, role: Callable[..., str]) -> None:
+    """As where ALTER DATABASE … SET search_path puts a tenant's schema before pg_catalog."""
+    role("alice")
+    raising = "returns {} language plpgsql as 'begin raise exception $x$ran as %$x$, current_user; end'"
+    db.execute(f"create function alice.joined(text, text) {raising.format('text')}".encode())
+    db.execute(f"create function alice.alike(text, text) {raising.format('boolean')}".encode())
+    db.execute("create operator alice.|| (function = alice.joined, leftarg = text, rightarg = text)")
+    db.execute("create operator alice.= (function = alice.alike, leftarg = text, rightarg = text)")
+    db.execute("set search_path = alice, pg_catalog")
+    found = db.execute("select check_name, status, message from public.embedding_health").fetchall()
+    db.execute("reset search_path")
+    assert [row for row in found if "could not be made" in row[2] or "ran as" in row[2]] == []
+    assert len(found) == 10
+
+
 def test_another_owners_table_is_known_by_statistics(
     db: Connection, declared: Knowledge, role: Callable[..., str]
 ) -> None:
