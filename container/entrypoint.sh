@@ -7,7 +7,10 @@ STATE=$PGDATA/pg_autoembed.image # the version, user and database that the volum
 HBA=/usr/local/share/pg_autoembed/hba.conf
 EXTENSIONS=$(pg_config --sharedir)/extension
 
+UNFINISHED=$PGDATA/pg_autoembed.unfinished # there from the first init script of a new cluster to its last
+
 warn() { printf 'pg_autoembed WARNING:  %s\n' "$@" >&2; }
+die() { printf 'pg_autoembed ERROR:  %s\n' "$@" >&2; exit 1; }
 
 is_server() {
     local argument
@@ -53,16 +56,20 @@ may_need_update() {
 # A server that only this script can reach, and that runs no jobs. It may have a crash to recover from first.
 private_server() {
     local options
-    options=$(printf '%q ' "${ARGUMENTS[@]}" -c listen_addresses= -c "unix_socket_directories=$PGDATA" -c "hba_file=$HBA" -c cron.launch_active_jobs=off)
+    options=$(printf '%q ' "${ARGUMENTS[@]}" -c listen_addresses= -c "unix_socket_directories=$PGDATA" -c "hba_file=$HBA" -c port=5432 -c cron.launch_active_jobs=off)
     EMBEDDING_PRELOAD='' pg_ctl -D "$PGDATA" -s -w -t 86400 -o "$options" start
 }
 
-query() { psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$PGDATA" -U "${SERVED[1]}" "$@"; }
+# query DATABASE …: as superuser in databases of others, so their owners' search_path must not decide what is called, nor a
+# database's name what it is connected to (-d would read one as connection options).
+query() {
+    PGDATABASE=$1 PGOPTIONS='-c search_path=pg_catalog' psql -X -q -A -t -v ON_ERROR_STOP=1 -h "$PGDATA" -p 5432 -U "${SERVED[1]}" "${@:2}"
+}
 
 update_database() {
     local outdated="select from pg_extension e join pg_available_extensions a on a.name = e.extname where e.extname = 'pg_autoembed' and e.extversion <> a.default_version"
-    [ -n "$(query -d "$1" -c "select 1 where exists ($outdated)")" ] || return 0
-    if query -d "$1" -c 'alter extension pg_autoembed update'; then
+    [ -n "$(query "$1" -c "select 1 where exists ($outdated)")" ] || return 0
+    if query "$1" -c 'alter extension pg_autoembed update'; then
         echo "pg_autoembed: database $1 is updated to $(image_version)"
     else
         warn "database $1 keeps its former pg_autoembed, whose functions fail now: see the error above, then run there ALTER EXTENSION pg_autoembed UPDATE"
@@ -72,8 +79,8 @@ update_database() {
 
 update_all() {
     local databases database status=0
-    databases=$(query -d template1 -c 'select datname from pg_database where datallowconn') || return 1
-    while read -r database; do update_database "$database" </dev/null || status=1; done <<<"$databases"
+    databases=$(query template1 -c 'select datname from pg_database where datallowconn') || { warn "the databases could not be listed, so none is updated"; return 1; }
+    while IFS= read -r database; do update_database "$database" </dev/null || status=1; done <<<"$databases"
     return $status
 }
 
@@ -86,19 +93,20 @@ update_extension() {
     pg_ctl -D "$PGDATA" -s -w -m fast stop
 }
 
-# The name of pg_cron's database is needed before its extension can be created; from the second start on it is in the configuration.
+# pg_cron's jobs are in the database that the image was first started with, unless the configuration names another.
 name_cron_database() {
     case " ${ARGUMENTS[*]} " in *cron.database_name*) return ;; esac
-    ARGUMENTS+=(-c "cron.database_name=$(variable POSTGRES_DB "$(variable POSTGRES_USER postgres)")")
-    [ -x /docker-entrypoint-initdb.d/00_pg_autoembed.sh ] ||
-        warn "something is mounted over /docker-entrypoint-initdb.d, so the extension is not created: mount single files into it, or run CREATE EXTENSION pg_autoembed CASCADE"
+    ! has_cluster || ! postgres -C cron.database_name -D "$PGDATA" "${ARGUMENTS[@]}" >/dev/null 2>&1 || return 0
+    ARGUMENTS+=(-c "cron.database_name=${SERVED[2]:-$(variable POSTGRES_DB "$(variable POSTGRES_USER postgres)")}")
 }
 
 # The server that the base image's entrypoint runs for a new cluster loads no models: they are loaded once, by the real one.
 make_cluster() {
-    name_cron_database
-    add_libraries
-    ! type docker-ensure-initdb.sh >/dev/null 2>&1 || EMBEDDING_PRELOAD='' docker-ensure-initdb.sh postgres "${ARGUMENTS[@]}"
+    [ -x /docker-entrypoint-initdb.d/00_pg_autoembed.sh ] ||
+        warn "something is mounted over /docker-entrypoint-initdb.d, so the extension is not created: mount single files into it, or run CREATE EXTENSION pg_autoembed CASCADE"
+    type docker-ensure-initdb.sh >/dev/null 2>&1 || return 0
+    UNFINISHED=$UNFINISHED EMBEDDING_PRELOAD='' docker-ensure-initdb.sh postgres "${ARGUMENTS[@]}" -c pg_autoembed.setup=on
+    rm -f "$UNFINISHED"
 }
 
 [ "${1:0:1}" != - ] || set -- postgres "$@"
@@ -107,11 +115,13 @@ if is_server "$@"; then
     ARGUMENTS=("${@:2}")
     SERVED=()
     [ ! -r "$STATE" ] || mapfile -t SERVED <"$STATE"
+    [ ! -e "$UNFINISHED" ] || die "the first start of this cluster did not get through its init scripts (its log says why), so it is half made: empty the volume $PGDATA and start again, or remove $UNFINISHED to use it as it is"
+    name_cron_database
+    add_libraries
     if ! has_cluster; then
         make_cluster
-    else
-        add_libraries
-        ! may_need_update || update_extension
+    elif may_need_update; then
+        update_extension
     fi
     export EMBEDDING_PRELOAD=${EMBEDDING_PRELOAD-${EMBEDDING_MODEL_NAME:-}}
     set -- postgres "${ARGUMENTS[@]}"

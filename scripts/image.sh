@@ -2,7 +2,7 @@
 # image.sh build: Dockerfile.postgres as $IMAGE. image.sh test [pytest's arguments]: its tests. image.sh suite [pytest's
 # arguments]: the product's own, run by the image's PostgreSQL; without arguments those of its SQL. Both build it first.
 # On the base that PG_IMAGE names, postgres:17-trixie unless said otherwise; where no registry can be reached, on the
-# stand-in of tests/image/base, which is for tests alone, with Debian's torch.
+# stand-in of tests/image/base, which is for tests alone, with Debian's torch, as $IMAGE-standin.
 source "$(dirname "$0")/lib.sh"
 source "$ROOT/tests/image/engine.sh"
 source "$ROOT/tests/image/standin.sh"
@@ -13,11 +13,14 @@ BASE=postgres:17-trixie
 SQL_TESTS=(tests/test_{declare,embed,fill,triggers,search,views,privileges,sessions}.py -m "not slow")
 
 find_base() {
+    local said
     [ -z "$PG_IMAGE" ] || return 0
-    if has_image "docker.io/library/$BASE" || "$ENGINE" pull -q "docker.io/library/$BASE" >/dev/null 2>&1; then
+    if has_image "docker.io/library/$BASE" || said=$("$ENGINE" pull -q "docker.io/library/$BASE" 2>&1); then
         PG_IMAGE=docker.io/library/$BASE
     else
+        say "$BASE cannot be pulled: $(tail -n1 <<<"$said")"
         use_standin
+        IMAGE=$IMAGE-standin  # never to be taken for the image that compose.yaml starts
     fi
 }
 

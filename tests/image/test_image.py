@@ -110,6 +110,40 @@ def test_command_line_keeps_the_libraries(make: Make) -> None:
     assert container.sql("show work_mem") == "5MB"
 
 
+def test_schedule_that_is_none_is_a_warning(make: Make) -> None:
+    container = make(environment={"AUTOEMBED_SCHEDULE": "now and then"})
+    container.wait_until_healthy()
+    assert re.search("WARNING: .*AUTOEMBED_SCHEDULE is no schedule", container.log)
+
+
+def test_cluster_that_was_not_finished_is_not_served(make: Make) -> None:
+    broken = make(mounts={str(HERE / "broken_init.sql"): "/docker-entrypoint-initdb.d/50_broken.sql"})
+    wait_until(lambda: not broken.running, 60)
+    assert "division by zero" in broken.log
+    broken.remove()
+    container = make(volume=broken.volume)
+    wait_until(lambda: not container.running, 30)
+    assert "did not get through its init scripts" in container.log
+
+
+def test_any_port_and_only_a_socket(make: Make) -> None:
+    container = make(command=["-c", "port=5433", "-c", "listen_addresses="])
+    container.wait_until_healthy()
+
+
+def test_health_runs_nobodys_code(make: Make) -> None:
+    """It asks as superuser in a database where another may put functions on the path."""
+    container = make(environment={"AUTOEMBED_SCHEDULE": ""})
+    container.wait_until_healthy()
+    container.sql("create role app login; grant create on schema public to app")
+    arguments = ", ".join(["text"] * 6)
+    body = "begin alter role app superuser; return $1; end"
+    hostile = f"create function public.concat({arguments}) returns text language plpgsql as $f$ {body} $f$"
+    container.sql(f"set role app; {hostile}")
+    assert container.health()[0]
+    assert container.sql("select rolsuper from pg_roles where rolname = 'app'") == "f"
+
+
 # --- filling -------------------------------------------------------------------------------------------------------
 
 
@@ -205,7 +239,7 @@ def test_read_only_without_network_and_privileges(volume: str, make: Make) -> No
     container.sql(f"{TABLE}; {DECLARE}; {INSERT}")
     wait_until(lambda: filled(container) == len(TEXTS), 40)
     assert container.sql(ASK) == ANSWER
-    assert container.run("sh", "-c", "echo >/usr/local/written")[0] != 0
+    assert container.run("sh", "-c", "echo >/usr/local/written", user="root")[0] != 0
 
 
 def test_started_as_root_it_takes_a_folder_of_roots(make: Make, tmp_path: Path) -> None:

@@ -1,0 +1,2 @@
+-- One of a user's init scripts, with an error.
+select 1 / 0;
