@@ -171,6 +171,10 @@ watch_for_python(void)
 	postmaster = getpid();
 	if (python_before_fork && python_after_fork && python_set_profile)
 		python_set_profile(tell_of_fork, NULL);
+	else
+		ereport(WARNING,
+				(errmsg("Python cannot be told of the server's forks, so all sessions will draw the same random numbers"),
+				 errhint("This Python does not export PyEval_SetProfile: take autoembed_preload out of shared_preload_libraries.")));
 }
 
 #ifdef __GLIBC__
