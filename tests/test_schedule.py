@@ -348,5 +348,6 @@ def test_jobs_fill_by_themselves_and_come_back(db: Connection, server: Server) -
     wait_until(lambda: scalar(db, "select count(embedding) from his") == 3, timeout=70)
     wait_until(lambda: scalar(db, "select count(embedding) from hers") == 2, timeout=70)
     failed = "select command, return_message from cron.job_run_details where status = 'failed' and job_pid <> %s"
-    assert rows(db, failed, worker) == []
+    theirs = " and username in ('alice', 'bob')"  # a job of the test before is cancelled when it goes
+    assert rows(db, failed + theirs, worker) == []
     db.execute("drop schema alice cascade")
