@@ -23,7 +23,7 @@ SQL
 }
 
 [ -z "$SCHEDULE" ] || schedule ||
-    printf 'pg_autoembed WARNING:  %s\n' "there is no job, so nothing fills by itself: AUTOEMBED_SCHEDULE is no schedule, as the error above says" >&2
+    printf 'pg_autoembed WARNING:  %s\n' "there is no job, so nothing fills by itself: AUTOEMBED_SCHEDULE is no schedule, as the error above says (it is read for a new cluster only; make the job by: select * from embed_schedule('10 seconds'))" >&2
 
 version=$(sed -n "s/^default_version = '\(.*\)'/\1/p" "$(pg_config --sharedir)/extension/pg_autoembed.control")
 printf '%s\n' "$version" "$POSTGRES_USER" "$POSTGRES_DB" >"$PGDATA/pg_autoembed.image"

@@ -139,7 +139,7 @@ begin atomic
            case when i.idle > 0 then i.first || case when i.idle > 1 then format('; so it is with %s more', i.idle - 1) else '' end
                 when i.owners = 0 then 'no column of the reader''s is declared'
                 when i.working = i.owners then 'a worker or a job fills for each owner'
-                else format('a worker or a job fills for %s of %s owners; no row waits for the others', i.working, i.owners) end,
+                else format('a worker or a job fills for %s of %s owners; no row is known to wait for the others', i.working, i.owners) end,
            case when i.idle > 0 then autoembed.schedule_hint(i.failed) end
     from (select count(*) as owners, count(*) filter (where o.works) as working, count(o.trouble) as idle, min(o.trouble) as first,
                  bool_or(o.failed and o.trouble is not null) as failed

@@ -134,7 +134,7 @@ def _models(environ: Mapping[str, str]) -> list[Check]:
     except AutoembedError as error:
         return [Check("Models", WRONG, str(error), error.hint or "")]
     directory = current.model_dir
-    add = f"python -m autoembed model add PATH (or model pull NAME) --dir {directory}"
+    add = f"autoembed model add PATH (or model pull NAME) --dir {directory}"
     if not entries:
         return [Check("Models", WRONG, f"{directory} has no model", add)]
     checks = [Check("Models", INFO, f"directory {directory}"), *_reachable(directory), *map(_model, entries)]
@@ -153,9 +153,7 @@ def _model(entry: models.Entry) -> Check:
         facts = f"{entry.architecture}, {entry.dimensions} dimensions, {entry.max_tokens} tokens"
         return Check("Models", OK, f"{entry.name}: ready, {facts}, {entry.note}")
     if entry.status == "unregistered":
-        return Check(
-            "Models", WARNING, f"{entry.name}: unregistered", f"python -m autoembed model add {entry.name} ..."
-        )
+        return Check("Models", WARNING, f"{entry.name}: unregistered", f"autoembed model add {entry.name} ...")
     return Check("Models", WRONG, f"{entry.name}: {entry.status}", "Add it again with --force, or remove it.")
 
 

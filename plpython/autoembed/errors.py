@@ -90,7 +90,7 @@ class BrokenModel(AutoembedError):
     """model "{name}" cannot be used: {reason}"""
 
     sqlstate = "55000"
-    default_hint = "Add it again with `python -m autoembed model add PATH --force`."
+    default_hint = "Add it again with `autoembed model add PATH --force`."
 
 
 class ChangedModel(AutoembedError):
@@ -149,9 +149,7 @@ class EncoderBroken(AutoembedError):
     """the encoder of model "{name}" fails even for a plain word: {reason}"""
 
     sqlstate = "58000"
-    default_hint = (
-        "No row was blamed. Try again in a new session; `python -m autoembed doctor` checks the installation."
-    )
+    default_hint = "No row was blamed. Try again in a new session; `autoembed doctor` checks the installation."
 
 
 class OtherModel(AutoembedError):

@@ -20,7 +20,7 @@ DEFAULT_OWNER = "sentence-transformers"
 SMALL_FILES = ("*.json", "*.txt", "*.model", *DOCUMENTS)
 HINT = (
     "Check the name (OWNER/NAME) and the network. Without a hub, copy the model's folder here "
-    "and use `python -m autoembed model add PATH`."
+    "and use `autoembed model add PATH`."
 )
 
 

@@ -64,9 +64,7 @@ def remove(name: str, directory: Path) -> None:
     folder = directory / models.check_name(name)
     with _locked(directory):
         if not folder.is_dir():
-            raise UnknownModel(
-                name=name, directory=directory, hint="`python -m autoembed model list` shows what is there."
-            )
+            raise UnknownModel(name=name, directory=directory, hint="`autoembed model list` shows what is there.")
         _discard(folder)
 
 

@@ -207,7 +207,7 @@ def _manifest(folder: Path, name: str, directory: Path) -> Manifest:
 
 
 def _add_hint(folder: Path) -> str:
-    return f"A folder becomes a model by `python -m autoembed model add {folder} --name ANOTHER_NAME`."
+    return f"A folder becomes a model by `autoembed model add {folder} --name ANOTHER_NAME`."
 
 
 def _way_out(settings: Settings) -> str:
@@ -219,7 +219,7 @@ def _way_out(settings: Settings) -> str:
 
 
 def _choice(directory: Path) -> str:
-    add = "`python -m autoembed model add PATH` or `model pull NAME`"
+    add = "`autoembed model add PATH` or `autoembed model pull NAME`"
     names = registered(directory)
     return f"There are: {', '.join(names)}. Others come by {add}." if names else f"There is none yet. Add one by {add}."
 
@@ -247,7 +247,7 @@ def _entry(folder: Path, settings: Settings) -> Entry:
     if not NAME.fullmatch(folder.name):
         return Entry(folder.name, "broken: not a model's name")
     if not (folder / manifests.FILE).is_file():
-        return Entry(folder.name, "unregistered", note="`python -m autoembed model add` registers it")
+        return Entry(folder.name, "unregistered", note="`autoembed model add` registers it")
     try:
         manifest = _manifest(folder, folder.name, settings.model_dir)
         model = _model(folder, manifest, settings)

@@ -340,7 +340,8 @@ class Session:
                 self.fail(
                     f"rows of {relation} are still pending{f': {why}' if why else ''}",
                     "57014",
-                    "Is a worker at work (embed_worker, embed_schedule)? embedding_progress shows how far it is.",
+                    "Is a worker at work (embed_worker, embed_schedule)? embedding_progress shows how far it is, "
+                    "embedding_failures why rows failed.",
                 )
             sleep(self.database, min(interval, end - time.monotonic()))
             interval = min(2 * interval, LONGEST)

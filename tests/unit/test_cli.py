@@ -67,7 +67,7 @@ def test_errors_come_with_hints_and_status_1(run: Run, folders: dict[str, Path],
     assert run("model", "add", folders["tiny-mpnet"], "--pooling", "cls")[0] == 1
     status, _, err = run("model", "remove", "nobody")
     assert status == 1
-    assert "hint: `python -m autoembed model list`" in err
+    assert "hint: `autoembed model list`" in err
 
 
 def test_verify_finds_the_one_that_changed(own_shelf: Settings, run: Run) -> None:
