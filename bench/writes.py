@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import random
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +12,18 @@ from typing import Any
 import psycopg
 
 from bench import corpus
-from bench.database import SCHEMA, connect, interleaved, model_dimensions, quoted, run, server_seconds, settle, versions
+from bench.database import (
+    SCHEMA,
+    connect,
+    interleaved,
+    model_dimensions,
+    quoted,
+    run,
+    seconds,
+    server_seconds,
+    settle,
+    versions,
+)
 from bench.report import Table, machine
 
 WORDS = (
@@ -151,9 +161,7 @@ def measured_rounds(
 
     def once(name: str) -> float:
         prepare(name)
-        started = time.perf_counter()
-        cpu[name].append(server_seconds(connection, lambda: measure(name)))
-        return time.perf_counter() - started
+        return seconds(lambda: cpu[name].append(server_seconds(connection, lambda: measure(name))))
 
     wall = interleaved({WITHOUT: lambda: once(WITHOUT), WITH: lambda: once(WITH)}, rounds + 1)
     return Costs(*({name: times[1:] for name, times in kind.items()} for kind in (wall, cpu)))

@@ -20,13 +20,7 @@ Connect = Callable[..., Connection]
 CHECKS = "extension, model, encoder, torch, preload, columns, schedule, pending, failures, suspects".replace(
     " ", ""
 ).split(",")
-WORKING = {
-    "shared_preload_libraries": "pg_cron, autoembed_preload",
-    "cron.database_name": "autoembed",
-    "cron.use_background_workers": "on",
-    "max_worker_processes": 20,
-    "track_commit_timestamp": "on",
-}
+WORKING = {"shared_preload_libraries": "pg_cron, autoembed_preload", "track_commit_timestamp": "on"}
 TABLE = "create table docs (id int primary key, content text, embedding vector(384))"
 DECLARE = "select embed_column('docs', 'content'::name)"
 RUN = """
@@ -43,12 +37,9 @@ def server(rig: Rig) -> Server:
 
 
 @pytest.fixture(scope="module")
-def working_rig(make_module_rig: Callable[..., Rig]) -> Rig:
+def working_rig(make_cron_rig: Callable[..., Rig]) -> Rig:
     """With all of them."""
-    rig = make_module_rig(WORKING, EMBEDDING_PRELOAD="stub-384")
-    with rig.server.connect() as connection:
-        connection.execute("create extension pg_cron")
-    return rig
+    return make_cron_rig(WORKING, EMBEDDING_PRELOAD="stub-384")
 
 
 @pytest.fixture

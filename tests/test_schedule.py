@@ -10,13 +10,12 @@ import psycopg
 import pytest
 from psycopg import errors
 
-from support.rigging import Rig, rows, scalar
-from support.server import Connection, Server, pg_config, wait_until
+from support.rigging import CRON, Rig, rows, scalar
+from support.server import Connection, Server, wait_until
 from support.talk import notices
 
 pytest_plugins = ["support.rig"]
 
-CRON = {"shared_preload_libraries": "pg_cron", "cron.database_name": "autoembed", "cron.use_background_workers": "on"}
 TABLE = "create table {} (id int primary key, content text, embedding vector(384))"
 JOBS = "select username, schedule, command from cron.job order by jobid"
 COMMAND = (
@@ -32,17 +31,9 @@ HOSTILE = "create procedure {}.embed_pending(batch int) language sql as 'select 
 FUNCTIONS = "function embed_schedule, function embed_unschedule, procedure embed_pending, procedure embed_worker"
 
 
-def has_pg_cron() -> bool:
-    return (pg_config("--sharedir") / "extension" / "pg_cron.control").exists()
-
-
 @pytest.fixture(scope="module")
-def cron_rig(make_module_rig: Callable[..., Rig]) -> Rig:
-    assert has_pg_cron(), "pg_cron is not installed: `make dev` gets Debian's"
-    rig = make_module_rig({**CRON, "max_worker_processes": 20})
-    with rig.server.connect() as connection:
-        connection.execute("create extension pg_cron")
-    return rig
+def cron_rig(make_cron_rig: Callable[..., Rig]) -> Rig:
+    return make_cron_rig()
 
 
 @pytest.fixture

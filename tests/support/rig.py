@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.rigging import Rig, add_stub
-from support.server import Connection, Server
+from support.rigging import CRON, Rig, add_stub
+from support.server import Connection, Server, pg_config
 
 
 def make_rig(directory: Path, base: dict[str, str], settings: dict[str, object]) -> Rig:
@@ -77,6 +77,21 @@ def make_module_rig(
     yield make
     for each in made:
         each.server.destroy()
+
+
+@pytest.fixture(scope="module")
+def make_cron_rig(make_module_rig: Callable[..., Rig]) -> Callable[..., Rig]:
+    """As make_module_rig, with pg_cron, whose own database is the rig's."""
+
+    def make(settings: dict[str, object] | None = None, **environment: str) -> Rig:
+        control = pg_config("--sharedir") / "extension" / "pg_cron.control"
+        assert control.exists(), "pg_cron is not installed: `make dev` gets Debian's"
+        rig = make_module_rig(CRON | (settings or {}), **environment)
+        with rig.server.connect() as connection:
+            connection.execute("create extension pg_cron")
+        return rig
+
+    return make
 
 
 @pytest.fixture(scope="module")

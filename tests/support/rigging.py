@@ -17,6 +17,12 @@ from support.server import Connection, Server, wait_until
 
 FAULTS = Path(__file__).parent / "faults"
 Row = tuple[Any, ...]
+CRON: dict[str, object] = {
+    "shared_preload_libraries": "pg_cron",
+    "cron.database_name": "autoembed",
+    "cron.use_background_workers": "on",
+    "max_worker_processes": 20,
+}
 
 
 def add_stub(directory: Path, name: str, *, dimensions: int = 384, weights: str = "") -> Path:
