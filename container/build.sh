@@ -9,6 +9,7 @@ if [ -s "$CONSTRAINTS" ]; then PIP_CONSTRAINT=$(realpath "$CONSTRAINTS") && expo
 [ ! -s $SECRETS/ca ] || export PIP_CERT=$SECRETS/ca SSL_CERT_FILE=$SECRETS/ca REQUESTS_CA_BUNDLE=$SECRETS/ca
 [ ! -s $SECRETS/pip ] || export PIP_CONFIG_FILE=$SECRETS/pip
 if [ -s $SECRETS/hf_token ]; then HF_TOKEN=$(cat $SECRETS/hf_token) && export HF_TOKEN; fi
+export PIP_CACHE_DIR=/var/cache/pip # a mount of the build's, in no layer
 # An empty build argument leaves the choice to the Makefile.
 [ -n "${TORCH_VERSION:-}" ] || unset TORCH_VERSION
 [ -n "${TORCH_INDEX:-}" ] || unset TORCH_INDEX
