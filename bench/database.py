@@ -59,15 +59,14 @@ def seconds(action: Callable[[], object]) -> float:
 
 def server_seconds(connection: psycopg.Connection, action: Callable[[], object]) -> float:
     """Processor seconds of the connection's backend: what waits and other processes do to the clock is not in them."""
-    stat = Path(f"/proc/{connection.info.backend_pid}/stat")
+    schedule = Path(f"/proc/{connection.info.backend_pid}/schedstat")
 
     def used() -> int:
-        user, system = stat.read_text().rpartition(")")[2].split()[11:13]
-        return int(user) + int(system)
+        return int(schedule.read_text().split()[0])  # nanoseconds
 
     before = used()
     action()
-    return (used() - before) / os.sysconf("SC_CLK_TCK")
+    return (used() - before) / 1e9
 
 
 def interleaved(measures: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
