@@ -75,6 +75,16 @@ class Claims:
         self.one(after)
         return median(self.one(after)[0] for _ in range(CLAIMS))
 
+    def frontier(self) -> str | None:
+        """The key behind which the next call begins."""
+        key: str | None = value(self.connection, "select autoembed.frontier(%s::autoembed.shape)::text", self.shape)
+        return key
+
+    def look(self) -> float:
+        """Milliseconds of the question that a call and a worker ask before all else."""
+        query = "select autoembed.any_due(%s::autoembed.shape)"
+        return 1000 * median(elapsed(lambda: run(self.connection, query, self.shape)) for _ in range(CLAIMS))
+
     def following(self) -> float:
         """The claims of one call, each after the former's cursor."""
         took: list[float] = []
@@ -170,8 +180,13 @@ def filled_without_vacuum(connection: psycopg.Connection, dimensions: int, optio
     run(connection, f"update {relation} set embedding = {any_vector(dimensions)} where id <= {size}")
     claims = Claims(connection, relation)
     yield Figure(f"first claim after {size} rows were filled, dead entries not marked", claims.one()[0], "ms")
-    yield Figure("first claim of a new call, dead entries marked", claims.median(), "ms", 10)
+    yield Figure("the same, dead entries marked", claims.median(), "ms")
     later = claims.following()
+    run(connection, f"call embed_pending({BATCH}, '{relation}')")
+    texts = f"select g, {TEXT} from generate_series({size + PENDING + 1}, {size + 2 * PENDING}) g"
+    run(connection, f"insert into {relation} {texts}")
+    yield Figure("first claim of a new call, where the last one ended", claims.median(claims.frontier()), "ms", 10)
+    yield Figure("whether any row is due", claims.look(), "ms")
     run(connection, f"vacuum (analyze) {relation}")
     yield Figure("later claims of a call, against those after a vacuum", later / claims.following(), "times", 1.5)
     run(connection, f"drop table {relation}")
@@ -191,8 +206,7 @@ def behind_failures(connection: psycopg.Connection, dimensions: int, options: Na
     )
     calls = [elapsed(lambda: run(connection, f"call embed_pending({BATCH}, '{relation}')")) for _ in range(2)]
     run(connection, f"insert into {relation} select g, {TEXT} from generate_series({failed + 1}, {failed + PENDING}) g")
-    frontier = value(connection, "select autoembed.frontier(%s::autoembed.shape)::text", claims.shape)
-    yield Figure(f"claim that finds work behind {failed} failed rows", claims.median(frontier), "ms", 10)
+    yield Figure(f"claim that finds work behind {failed} failed rows", claims.median(claims.frontier()), "ms", 10)
     yield Figure("a whole call with nothing to do but look at them", min(calls), "s")
     run(connection, f"drop table {relation}")
 

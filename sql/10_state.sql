@@ -64,7 +64,8 @@ create index on autoembed.truncation (registration, checked);
 create index on autoembed.truncation (registration, key_hash);
 
 -- Where the next call begins, before it goes through all rows as ever: behind a long stretch of rows that are held
--- back, new rows would wait for it to be walked. `beyond` tells whether the key still is one of the relation's.
+-- back, or of dead index entries, new rows would wait for it to be walked. `beyond` tells whether the key still is one
+-- of the relation's.
 create table autoembed.frontier (
     registration bigint primary key references autoembed.registration on delete cascade,
     key jsonb not null,

@@ -10,20 +10,23 @@ end;
 
 -- Is the caller the owner of the relation and of all its partitions, and nobody greater behind a SET ROLE?
 -- In PL/pgSQL, as all that is asked in each transaction of a fill: its plans outlive the call, those of SQL functions
--- are made each time, and cost more than a claim.
+-- are made each time, and cost more than a claim. Step by step: a join would read all of pg_class.
 create function autoembed.is_own(relation oid) returns boolean
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    me oid := (select r.oid from pg_roles r where r.rolname = current_user);
+    owner oid;
+    kind "char";
 begin
-    return (
-        select coalesce(bool_and(c.relowner = me.oid), false)
-               and not exists (select from pg_roles s where s.rolname = session_user and s.rolsuper and s.oid <> (
-                   select o.relowner from pg_class o where o.oid = is_own.relation))
-        from (select is_own.relation as oid
-              union  -- of a plain table its own: to ask for a tree takes a lock
-              select p.relid from pg_class r, pg_partition_tree(r.oid) p where r.oid = is_own.relation and r.relkind = 'p') tree
-        join pg_class c on c.oid = tree.oid
-        join pg_roles me on me.rolname = current_user
-        group by ());
+    select c.relowner, c.relkind into owner, kind from pg_class c where c.oid = is_own.relation;
+    if owner is distinct from me or exists (
+        select from pg_roles r where r.rolname = session_user and r.rolsuper and r.oid <> owner) then
+        return false;
+    end if;
+    -- of a plain table nothing more: to ask for a tree takes a lock
+    return kind <> 'p' or not exists (
+        select from pg_partition_tree(is_own.relation) p
+        where (select c.relowner from pg_class c where c.oid = p.relid) <> owner);
 end
 $$;
 

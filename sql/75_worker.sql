@@ -17,20 +17,29 @@ language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
 declare
-    rows pg_catalog.text := pg_catalog.format(
-        'from %s t where %s %s order by %s', s.rows, s.pending, case when beyond is not null then 'and autoembed.is_newer(t.xmin, $2)' end, s.ordering);
+    after pg_catalog.jsonb := autoembed.frontier(s);
+    rows pg_catalog.text;
     due pg_catalog.bool;
 begin
-    execute pg_catalog.format(
-        'select exists (select from (select %s as key, %s as content %s limit 1000) c where %s %s) or exists (select %3$s offset 1000 limit 1)',
-        s.key, s.content, rows, autoembed.has_text('c.content'),
-        case when autoembed.holds_back(s.registration) then
-            'and not exists (
-                 select from autoembed.failure f
-                 where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
-                   and f.key operator(pg_catalog.=) c.key and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
-                   and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end)
-    into due using s.registration, beyond;
+    loop
+        rows := pg_catalog.concat_ws(' ',
+            pg_catalog.format('from %s t where %s', s.rows, s.pending),
+            case when after is not null then pg_catalog.format('and %s', s.beyond) end,
+            case when beyond is not null then 'and autoembed.is_newer(t.xmin, $3)' end,
+            pg_catalog.format('order by %s', s.ordering));
+        execute pg_catalog.format(
+            'select exists (select from (select %s as key, %s as content %s limit 1000) c where %s %s) or exists (select %3$s offset 1000 limit 1)',
+            s.key, s.content, rows, autoembed.has_text('c.content'),
+            case when autoembed.holds_back(s.registration) then
+                'and not exists (
+                     select from autoembed.failure f
+                     where f.registration operator(pg_catalog.=) $2 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
+                       and f.key operator(pg_catalog.=) c.key and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
+                       and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end)
+        into due using after, s.registration, beyond;
+        exit when due or after is null;
+        after := null;  -- nothing behind the frontier: now all rows
+    end loop;
     return due;
 end
 $$;

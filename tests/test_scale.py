@@ -16,6 +16,9 @@ pytest_plugins = ["support.rig"]
 
 Connect = Callable[..., Connection]
 HELD = 3_000
+MUCH = 20_500
+STRETCH = MUCH / 500
+"""Pages of their index entries, at the least: some 400 fit on one."""
 
 
 @pytest.fixture
@@ -64,14 +67,24 @@ def fail_all(connection: Connection) -> None:
 
 def pages(connection: Connection, after: str | None = None) -> int:
     """How many pages finding the next 32 rows touches, plans and checks of rights included."""
-    query = (
-        "explain (analyze, buffers, format json, timing off) select c.cursor"
-        " from autoembed.columns('knowledge'::regclass) s, autoembed.candidates(s.shape::autoembed.shape, %s, 32) c"
+    return touched(
+        connection, "select c.cursor from {}, autoembed.candidates(s.shape::autoembed.shape, %s, 32) c", after
     )
+
+
+def pages_of_a_look(connection: Connection) -> int:
+    """How many pages the question touches whether a row is to be tried."""
+    return touched(connection, "select autoembed.any_due(s.shape::autoembed.shape) from {}")
+
+
+def touched(connection: Connection, query: str, *arguments: object) -> int:
+    query = query.format("autoembed.columns('knowledge'::regclass) s")
     connection.execute("set plan_cache_mode = force_custom_plan")
     with connection.cursor() as cursor:
         for _ in range(2):  # the first fills the session's caches of catalogs
-            plan = cursor.execute(query.encode(), [after]).fetchone()
+            plan = cursor.execute(
+                f"explain (analyze, buffers, format json, timing off) {query}".encode(), arguments
+            ).fetchone()
     assert plan is not None
     top = plan[0][0]["Plan"]
     return int(top["Shared Hit Blocks"]) + int(top["Shared Read Blocks"])
@@ -169,6 +182,43 @@ def test_blank_rows_that_the_index_holds_are_passed_too(db: Connection) -> None:
     add(db, HELD + 1, HELD + 1)
     db.execute("update knowledge set content = 'a text' where id = 9")
     assert fill(db) == (2, 0, 0)
+
+
+def fill_much_by_sql(connection: Connection) -> None:
+    """So many that the index entries which they leave dead are a stretch; a few rows at the end are left."""
+    fill_by_sql(connection, f"id <= {MUCH}")
+    connection.execute("select pg_stat_force_next_flush()")
+    assert scalar(connection, "select pg_stat_get_dead_tuples('knowledge'::regclass)") == MUCH
+
+
+def test_next_call_begins_behind_a_stretch_of_dead_entries_until_a_vacuum(db: Connection) -> None:
+    declare(db, MUCH + 40)
+    fill_much_by_sql(db)
+    assert fill(db) == (40, 0, 0)
+    assert frontier(db) == [MUCH + 40]
+    pages(db)  # marks the dead entries
+    add(db, MUCH + 41, MUCH + 80)
+    assert pages(db, f"[{MUCH + 40}]") < pages(db) - STRETCH
+    looked = pages_of_a_look(db)
+    db.execute("delete from autoembed.frontier")
+    assert looked < pages_of_a_look(db) - STRETCH
+    db.execute("update knowledge set content = 'changed' where id = 7")
+    assert fill(db) == (41, 0, 0)
+    assert frontier(db) == [MUCH + 80]
+    db.execute("vacuum knowledge")
+    assert fill(db) == (0, 0, 0)
+    assert frontier(db) is None
+
+
+def test_first_rows_take_turns_with_those_behind_a_frontier(db: Connection) -> None:
+    declare(db, MUCH + 4)
+    fill_much_by_sql(db)
+    fill(db)
+    add(db, MUCH + 5, MUCH + 100)  # more than the next calls may embed
+    db.execute("update knowledge set content = 'changed' where id in (7, 8)")
+    done = [fill(db, batch=2, max_rows=2) for _ in range(2)]
+    assert done == [(2, 0, 0), (2, 0, 0)]
+    assert rows(db, "select id from knowledge where embedding is null and id < 10") == []
 
 
 def test_frontier_of_a_former_key_is_none(db: Connection) -> None:

@@ -94,7 +94,7 @@ class Database(Protocol):
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None: ...
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None: ...
     def frontier(self, column: Column) -> str | None: ...
-    def set_frontier(self, column: Column, key: str | None) -> None: ...
+    def set_frontier(self, column: Column, key: str | None, last: str | None) -> None: ...
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None: ...
     def complete(
         self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
@@ -153,6 +153,8 @@ class Filler:
     batch: int
     progress: Callable[[Column, Totals], None]
     frontier: str | None = None
+    last: str | None = None
+    """The key of the last row, as the first pass that came to the end saw it."""
 
     def run(self) -> None:
         """Suspects first, alone; then all that is pending, in key order; again for rows that were taken or changed."""
@@ -168,8 +170,8 @@ class Filler:
             idle = turn > 0 and self.totals.embedded == before
             if not missed or idle or not self.limits.room(self.totals, 1):
                 break
-        if self.frontier != known:
-            self.again(partial(self.database.set_frontier, self.column, self.frontier))
+        if self.frontier != known or self.last is not None:
+            self.again(partial(self.database.set_frontier, self.column, self.frontier, self.last))
         self.database.tidy(self.column)
         self.database.commit()
 
@@ -186,7 +188,8 @@ class Filler:
         """One pass up to the last key; how many rows it saw and left to others or to the next pass.
 
         Behind the last long stretch of rows that it could not embed, the next call begins; or where the limits ended
-        this one, if it knew of such a stretch or embedded nothing: so calls that are always cut short come to each row.
+        this one, if that was behind such a stretch or it embedded nothing. So calls that are always cut short come to
+        each row: the first rows take turns with those behind a stretch.
         """
         missed = barren = 0
         start = frontier = after
@@ -195,6 +198,7 @@ class Filler:
             found = self.again(partial(self.database.candidates, self.column, after, room))
             if found is None:
                 self.frontier = frontier
+                self.last = self.last or after
                 return missed
             after = found.cursor
             embedded = self.totals.embedded
@@ -203,8 +207,8 @@ class Filler:
             barren = 0 if self.totals.embedded > embedded else barren + found.passed
             if barren >= BARREN:
                 frontier = after
-        if after != start and (frontier or self.frontier or self.totals.embedded == before):
-            self.frontier = after
+        if after != start:
+            self.frontier = after if frontier != start or self.totals.embedded == before else None
         return missed
 
     def fill_batch(self, found: Candidates, alone: bool) -> int:

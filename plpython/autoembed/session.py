@@ -571,8 +571,12 @@ class SessionDatabase:
         key: str | None = self.value("select autoembed.frontier($1::autoembed.shape)", ["text"], [column.shape])
         return key
 
-    def set_frontier(self, column: Column, key: str | None) -> None:
-        self.execute("select autoembed.set_frontier($1::autoembed.shape, $2)", ["text", "jsonb"], [column.shape, key])
+    def set_frontier(self, column: Column, key: str | None, last: str | None) -> None:
+        self.execute(
+            "select autoembed.set_frontier($1::autoembed.shape, $2, $3)",
+            ["text", "jsonb", "jsonb"],
+            [column.shape, key, last],
+        )
 
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None:
         row = self.row(
