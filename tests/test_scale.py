@@ -205,6 +205,9 @@ def test_next_call_begins_behind_a_stretch_of_dead_entries_until_a_vacuum(db: Co
     db.execute("update knowledge set content = 'changed' where id = 7")
     assert fill(db) == (41, 0, 0)
     assert frontier(db) == [MUCH + 80]
+    db.execute("update knowledge set content = 'changed again' where id = 7")
+    assert fill(db) == (1, 0, 0)
+    assert frontier(db) == [MUCH + 80]
     db.execute("vacuum knowledge")
     assert fill(db) == (0, 0, 0)
     assert frontier(db) is None
