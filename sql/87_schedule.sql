@@ -83,8 +83,7 @@ begin
         begin
             return query execute query;
         exception when invalid_parameter_value then
-            raise exception using errcode = 'invalid_parameter_value', message = sqlerrm,
-                hint = 'As ''10 seconds'' (1 to 59), as cron writes it (''*/5 * * * *''), or ''worker'' for a worker that stays on.';
+            raise exception using errcode = 'invalid_parameter_value', message = sqlerrm, hint = autoembed.schedule_forms();
         end;
     elsif cron_database is null then
         raise exception using errcode = 'feature_not_supported', message = 'pg_cron is not loaded in this server',
@@ -101,9 +100,11 @@ begin
         exception when others then
             if sqlerrm ~ '^(canceling|terminating)' then raise; end if;
             raise exception using errcode = 'object_not_in_prerequisite_state',
-                message = format('pg_cron keeps its jobs in database %s, which cannot be reached from here', coalesce(nullif(cron_database, ''), 'cron.database_name')),
-                detail = 'dblink is tried, where it is installed, with a connection as ' || current_user || '.',
-                hint = format('Run there, as a superuser: %s', query);
+                message = format('pg_cron keeps its jobs in database %s, which cannot be reached from here%s',
+                                 coalesce(nullif(cron_database, ''), 'cron.database_name'), ' as ' || current_user || ' by ' || dblink),
+                detail = format('The statement for that database is: %s', query),
+                hint = case when dblink is null then 'CREATE EXTENSION dblink here, or run the statement there as a superuser.'
+                            else 'Run the statement there as a superuser.' end;
         end;
     end if;
 end
@@ -124,6 +125,21 @@ exception when insufficient_privilege then
     return '';
 end
 $$;
+
+create function autoembed.schedule_forms() returns text
+language sql immutable
+begin atomic
+    select 'As ''10 seconds'' (1 to 59), as cron writes it (''*/5 * * * *''), or ''worker'' for a worker that stays on.';
+end;
+
+-- As far as is plain before pg_cron is asked, which may be in another database: seconds, a name, or cron's five fields.
+create function autoembed.is_schedule(schedule text) returns boolean
+language sql immutable
+begin atomic
+    select schedule = 'worker' or schedule ~ '^([1-9]|[1-5][0-9]) seconds?$'
+        or schedule ~ '^@(reboot|yearly|annually|monthly|weekly|daily|midnight|hourly)$'
+        or schedule ~* '^([0-9*,/$-]+[ \t]+){3}([0-9*,/$-]|jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)+[ \t]+([0-9*,/$-]|sun|mon|tue|wed|thu|fri|sat)+$';
+end;
 
 -- '10 seconds' as pg_cron 1.5 understands it; up to 1.4 a job each minute keeps a worker on, which is as quick
 create function autoembed.knows_seconds() returns boolean
@@ -177,9 +193,9 @@ begin
         raise exception using errcode = 'invalid_parameter_value', message = format('batch is %s', coalesce(batch::text, 'null')), hint = 'batch is 1 to 512.';
     elsif workers is null or workers not between 1 and 64 then
         raise exception using errcode = 'invalid_parameter_value', message = format('workers is %s', coalesce(workers::text, 'null')), hint = 'workers is 1 to 64.';
-    elsif schedule is null or (schedule ~ 'second' and schedule !~ '^([1-9]|[1-5][0-9]) seconds?$') or schedule ~ '''' then
+    elsif autoembed.is_schedule(schedule) is not true then
         raise exception using errcode = 'invalid_parameter_value', message = format('invalid schedule: %s', coalesce(schedule, 'null')),
-            hint = 'As ''10 seconds'' (1 to 59), as cron writes it (''*/5 * * * *''), or ''worker'' for a worker that stays on.';
+            hint = autoembed.schedule_forms();
     elsif autoembed.has_cron() and not has_schema_privilege('cron', 'usage') then
         raise exception using errcode = 'insufficient_privilege', message = 'permission denied to schedule jobs with pg_cron',
             hint = format('A superuser runs: GRANT USAGE ON SCHEMA cron TO %I', current_user);

@@ -167,12 +167,31 @@ def test_job_outlives_the_extension_by_one_run(db: Connection, server: Server) -
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", ["61 seconds", "0 seconds", "now and then", "x'; select 1", ""])
+INVALID = (
+    "61 seconds",
+    "0 seconds",
+    "10 minutes",
+    "now and then or so",
+    "* * * *",
+    "0 0 * * * *",
+    "@never",
+    "x'; select 1",
+    "",
+)
+VALID = ("@hourly", "5,35 */2 1-15 jan,jul mon-fri", "0  0 * *\t7", "1 second", "59 seconds", "worker", " worker ")
+
+
+@pytest.mark.parametrize("schedule", INVALID)
 def test_invalid_schedules(db: Connection, schedule: str) -> None:
     error = refused(db, "select embed_schedule($$" + schedule + "$$)")
     assert error.sqlstate == "22023"
     assert "10 seconds" in str(error.diag.message_hint)
     assert rows(db, JOBS) == []
+
+
+def test_valid_schedules(db: Connection) -> None:
+    for schedule in VALID:
+        assert scalar(db, "select count(*) from embed_schedule(%s)", schedule) == 1
 
 
 @pytest.mark.parametrize("arguments", ["batch => 0", "batch => null", "workers => 0", "workers => 100"])
@@ -197,8 +216,11 @@ def test_in_another_database(db: Connection, server: Server) -> None:
             elsewhere.execute("create extension pg_autoembed cascade")
             error = refused(elsewhere, "select embed_schedule()")
             assert error.sqlstate == "55000"
-            hint = str(error.diag.message_hint)
-            statement = hint[hint.index("select cron.") :]
+            assert error.diag.message_hint == "CREATE EXTENSION dblink here, or run the statement there as a superuser."
+            detail = str(error.diag.message_detail)
+            statement = detail[detail.index("select cron.") :]
+            for schedule in INVALID:
+                assert refused(elsewhere, f"select embed_schedule($${schedule}$$)").sqlstate == "22023"
             elsewhere.execute("create extension dblink")
             elsewhere.execute("select embed_schedule('worker')")
             assert rows(db, "select username, database from cron.job") == [("postgres", "elsewhere")]
