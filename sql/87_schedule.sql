@@ -149,12 +149,17 @@ begin atomic
                      from pg_catalog.pg_extension e where e.extname = 'pg_cron'), false);
 end;
 
+-- is the job a worker that stays on, or a tick?
+create function autoembed.stays_on(schedule text) returns boolean
+language sql stable
+begin atomic
+    select schedule = 'worker' or schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds();
+end;
+
 create function autoembed.job_schedule(schedule text) returns text
 language sql stable
 begin atomic
-    select case when schedule = 'worker' then '* * * * *'
-                when schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds() then '* * * * *'
-                else schedule end;
+    select case when autoembed.stays_on(schedule) then '* * * * *' else schedule end;
 end;
 
 create function autoembed.job_name(number integer) returns text
@@ -168,7 +173,7 @@ end;
 create function autoembed.job_call(schedule text, batch integer, workers integer) returns text
 language sql stable
 begin atomic
-    select case when schedule = 'worker' or (schedule ~ '^[0-9]+ seconds?$' and not autoembed.knows_seconds())
+    select case when autoembed.stays_on(schedule)
         then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, embedded => n, failed => n, skipped => n)', batch, workers)
         else format('call autoembed.tick(batch => %s)', batch) end;
 end;
@@ -219,6 +224,35 @@ begin atomic
     where (select u.rolsuper from pg_catalog.pg_roles u where u.rolname = current_user);
 end;
 
+-- The statements that let a role's jobs run; null: they may.
+create function autoembed.missing_grants(role name, schedule text) returns text
+language sql stable
+begin atomic
+    select string_agg(g.statement, '; ')
+    from pg_catalog.pg_proc p
+    cross join lateral (
+        select format('GRANT USAGE ON SCHEMA %s TO %I', p.pronamespace::regnamespace, role) as statement
+        where not has_schema_privilege(role, p.pronamespace, 'usage')
+        union all
+        select format('GRANT EXECUTE ON PROCEDURE %s TO %I', p.oid::regprocedure, role)
+        where not has_function_privilege(role, p.oid, 'execute')) g
+    where p.oid = case when autoembed.stays_on(schedule)
+        then '@extschema@.embed_worker(integer, integer, integer, bigint, bigint, bigint)'::regprocedure
+        else '@extschema@.embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint)'::regprocedure end;
+end;
+
+create function autoembed.warn_of_missing_grants(role name, schedule text) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    grants text := autoembed.missing_grants(role, schedule);
+begin
+    if grants is not null then
+        raise warning using errcode = '01007',
+            message = format('the jobs of role %I will fail: it may not execute what they call', role), hint = grants;
+    end if;
+end
+$$;
+
 create function embed_schedule(
     schedule text default '10 seconds', batch integer default 32, workers integer default 1,
     out role name, out job bigint, out job_schedule text, out command text)
@@ -233,6 +267,7 @@ begin
             raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail', role), hint = format('ALTER ROLE %I LOGIN', role);
             continue;
         end if;
+        perform autoembed.warn_of_missing_grants(role, schedule);
         for n in 1 .. workers loop
             command := autoembed.job_command(schedule, batch, workers, n);
             job := autoembed.ask_cron(autoembed.schedule_query(n, job_schedule, command, role));

@@ -164,6 +164,34 @@ def test_job_outlives_the_extension_by_one_run(db: Connection, server: Server) -
             db.execute("create extension pg_autoembed")
 
 
+@pytest.mark.parametrize(("schedule", "called"), [("*/5 * * * *", "embed_pending"), ("worker", "embed_worker")])
+def test_owner_who_may_not_execute_what_his_job_calls(
+    db: Connection, server: Server, schedule: str, called: str
+) -> None:
+    """The job is made all the same: the hint is the grant that it lacks."""
+    make_role(db, "alice")
+    make_table(db, "hers")
+    db.execute("alter table hers owner to alice")
+    db.execute(f"revoke execute on procedure {called} from alice".encode())
+    with server.connect(role="alice") as alice, notices(db) as heard, notices(alice) as heard_by_her:
+        for connection in (db, alice):
+            connection.execute("select embed_schedule(%s)", [schedule])
+    assert [row[0] for row in rows(db, JOBS)] == ["alice"]
+    assert heard == heard_by_her
+    (said,) = heard
+    assert (said.severity, said.sqlstate) == ("WARNING", "01007")
+    assert said.message == "the jobs of role alice will fail: it may not execute what they call"
+    assert str(said.hint).startswith(f"GRANT EXECUTE ON PROCEDURE public.{called}(integer,")
+    db.execute(str(said.hint).encode())
+    with notices(db) as heard:
+        db.execute("select embed_schedule(%s)", [schedule])
+    assert heard == []
+    db.execute("begin; revoke usage on schema public from public, alice")
+    grants = scalar(db, "select autoembed.missing_grants('alice', %s)", schedule)
+    db.execute("rollback")
+    assert grants == "GRANT USAGE ON SCHEMA public TO alice"
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 

@@ -43,6 +43,7 @@ class Notice:
     severity: str | None
     message: str | None
     hint: str | None
+    sqlstate: str | None
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def notices(connection: Connection) -> Iterator[list[Notice]]:
     heard: list[Notice] = []
 
     def hear(said: psycopg.errors.Diagnostic) -> None:
-        heard.append(Notice(said.severity_nonlocalized, said.message_primary, said.message_hint))
+        heard.append(Notice(said.severity_nonlocalized, said.message_primary, said.message_hint, said.sqlstate))
 
     connection.add_notice_handler(hear)
     yield heard
