@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoembed import __version__, cpu, device, models, settings
+from autoembed import __version__, cpu, device, models, preload, settings
 from autoembed.errors import AutoembedError
 
 OK, WARNING, WRONG, INFO = "ok", "warning", "WRONG", ""
@@ -138,7 +138,8 @@ def _models(environ: Mapping[str, str]) -> list[Check]:
     if not entries:
         return [Check("Models", WRONG, f"{directory} has no model", add)]
     checks = [Check("Models", INFO, f"directory {directory}"), *_reachable(directory), *map(_model, entries)]
-    return [*checks, _default_model(current)]
+    wrong = [Check("Models", WRONG, f"EMBEDDING_PRELOAD: {error}", error.hint or "") for error in _missing(environ)]
+    return [*checks, _default_model(current), *wrong]
 
 
 def _reachable(directory: Path) -> list[Check]:
@@ -162,6 +163,17 @@ def _default_model(current: settings.Settings) -> Check:
         return Check("Models", OK, f"the default model is {models.find(current).name}")
     except AutoembedError as error:
         return Check("Models", WARNING, f"no default model: {error}", error.hint or "")
+
+
+def _missing(environ: Mapping[str, str]) -> list[AutoembedError]:
+    """What is wrong with the models that are to be preloaded."""
+    found = []
+    for name in preload.names(environ):
+        try:
+            models.find(settings.read(environ), name)
+        except AutoembedError as error:
+            found.append(error)
+    return found
 
 
 def _postgres(environ: Mapping[str, str]) -> list[Check]:
@@ -238,12 +250,20 @@ def _program(process: Path) -> str:
         return ""
 
 
+def _environment(process: Path) -> dict[str, str]:
+    """As it was when the process started."""
+    variables = (process / "environ").read_text(encoding="utf-8", errors="replace").split("\0")
+    return {name: value for name, _, value in (variable.partition("=") for variable in variables) if name}
+
+
 def _server(process: Path) -> Check:
     libraries = (process / "maps").read_text(encoding="utf-8")
     threads = len(list((process / "task").iterdir()))
     text = f"server in {(process / 'cwd').readlink()}"
     if "/autoembed_preload.so" not in libraries:
         return Check("PostgreSQL", INFO, f"{text}: preloads no models")
+    for error in _missing(_environment(process)):
+        return Check("PostgreSQL", WRONG, f"{text}: EMBEDDING_PRELOAD of its environment: {error}", error.hint or "")
     if "/libtorch" not in libraries:
         advice = "Its log says why. EMBEDDING_PRELOAD in its environment names the models."
         return Check("PostgreSQL", WARNING, f"{text}: has autoembed_preload, but no model is preloaded", advice)

@@ -11,7 +11,7 @@ import dataclasses
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -223,5 +223,5 @@ def describe(gd: dict[str, Any]) -> str:
     return "; ".join(found)
 
 
-def names() -> list[str]:
-    return [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+def names(environ: Mapping[str, str] = os.environ) -> list[str]:
+    return [name.strip() for name in environ.get(VARIABLE, "").split(",") if name.strip()]

@@ -80,6 +80,13 @@ def test_models_that_cannot_be_used(environ: dict[str, str], own_shelf: Settings
     assert "no default model: " in texts(checks, WARNING)
 
 
+def test_preloading_a_model_that_is_not_there(environ: dict[str, str]) -> None:
+    found = texts(doctor._models(environ | {"EMBEDDING_PRELOAD": "all-MiniLM-L6-v2, no-such"}), WRONG)
+    assert found.startswith('EMBEDDING_PRELOAD: model "no-such" is not in the model directory')
+    assert "There are: " in found
+    assert texts(doctor._models(environ | {"EMBEDDING_PRELOAD": "all-MiniLM-L6-v2"}), WRONG) == ""
+
+
 def test_no_postgres(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert "set PG_CONFIG" in texts(doctor._postgres(environ | {"PG_CONFIG": "/nowhere/pg_config"}), WRONG)
     monkeypatch.setenv("PATH", "/nowhere")
@@ -142,13 +149,16 @@ def test_the_commands_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert f"  {status:<8}text\n          -> advice" in capsys.readouterr().out
 
 
-def process(folder: Path, parent: int, program: str = "/usr/bin/postgres", maps: str = "", threads: int = 1) -> None:
+def process(
+    folder: Path, parent: int, program: str = "/usr/bin/postgres", maps: str = "", threads: int = 1, environ: str = ""
+) -> None:
     """What /proc says of one."""
     folder.mkdir(parents=True)
     (folder / "exe").symlink_to(program)
     (folder / "cwd").symlink_to("/data")
     (folder / "status").write_text(f"Name:\tpostgres\nPPid:\t{parent}\n")
     (folder / "maps").write_text(maps)
+    (folder / "environ").write_text(environ)
     for thread in range(threads):
         (folder / "task" / str(thread)).mkdir(parents=True)
 
@@ -169,3 +179,16 @@ def test_what_a_running_server_preloads(tmp_path: Path, libraries: str, threads:
     (check,) = doctor._servers(tmp_path)
     assert check.status == status
     assert words in check.text
+
+
+def test_what_a_running_server_was_to_preload(tmp_path: Path, shelf: Settings) -> None:
+    """By its own environment, not by this command's."""
+    variables = {"EMBEDDING_MODEL_DIR": str(shelf.model_dir), "EMBEDDING_PRELOAD": "no-such,all-MiniLM-L6-v2"}
+    environ = "".join(f"{name}={value}\0" for name, value in variables.items())
+    process(tmp_path / "1", 0, program="/sbin/init")
+    process(tmp_path / "7", 1, maps="/lib/autoembed_preload.so /lib/libtorch_cpu.so", environ=environ)
+    (check,) = doctor._servers(tmp_path)
+    assert check.status == WRONG
+    assert check.text.startswith('server in /data: EMBEDDING_PRELOAD of its environment: model "no-such" is not in')
+    process(tmp_path / "9", 1, maps="/lib/autoembed_preload.so", environ=environ.replace("no-such,", ""))
+    assert texts(doctor._servers(tmp_path), WARNING).startswith("server in /data: has autoembed_preload, but no model")
