@@ -161,10 +161,19 @@ begin atomic
     where u.registration = rate.registration and u.finished > clock_timestamp() - '5 minutes'::interval;
 end;
 
+-- not all seventeen digits
+create function autoembed.figure(value double precision, digits integer) returns double precision
+language sql immutable
+begin atomic
+    select round(value::numeric, digits)::double precision;
+end;
+
 create view embedding_progress with (security_invoker = true) as
 select r.relation::regclass as relation, autoembed.column_name(r.relation, r.target) as target,
-       c.total, c.embedded, greatest(c.pending - f.failed - f.waiting, 0) as pending, c.blank, f.failed, f.waiting, t.truncated,
-       p.rate as rows_per_second,
+       c.total, c.embedded,
+       case c.pending < f.failed + f.waiting when true then 0 when false then c.pending - f.failed - f.waiting end as pending,
+       c.blank, f.failed, f.waiting, t.truncated,
+       autoembed.figure(p.rate, 2) as rows_per_second,
        case when c.pending = 0 then '0'::interval
             when p.rate > 0 then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
        case when autoembed.is_own(r.relation) then clock_timestamp() - autoembed.oldest_pending(r.id) end as oldest_pending,
@@ -182,9 +191,10 @@ create view embedding_throughput with (security_invoker = true) as
 select date_trunc('minute', u.finished) as minute, r.relation::regclass as relation,
        autoembed.column_name(r.relation, r.target) as target, u.model,
        sum(u.embedded) as rows, sum(u.failed) as failed, sum(u.skipped) as skipped, sum(u.tokens)::bigint as tokens,
-       sum(u.embedded) / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0) as rows_per_second,
-       sum(u.tokens)::double precision / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0) as tokens_per_second,
-       sum(u.claim_seconds) as claim_seconds, sum(u.encode_seconds) as encode_seconds, sum(u.write_seconds) as write_seconds
+       autoembed.figure(sum(u.embedded) / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0), 2) as rows_per_second,
+       autoembed.figure(sum(u.tokens)::double precision / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0), 2) as tokens_per_second,
+       autoembed.figure(sum(u.claim_seconds), 3) as claim_seconds, autoembed.figure(sum(u.encode_seconds), 3) as encode_seconds,
+       autoembed.figure(sum(u.write_seconds), 3) as write_seconds
 from autoembed.run u
 join autoembed.registration r on r.id = u.registration
 group by 1, 2, 3, 4

@@ -153,6 +153,17 @@ def test_throughput_adds_up(db: Connection, declared: Knowledge, rig: Rig) -> No
     ]
 
 
+def test_figures_are_as_long_as_they_are_exact(db: Connection, declared: Knowledge) -> None:
+    declared(20)
+    fill(db, batch=7, max_rows=14)
+    for view in ("embedding_progress", "embedding_throughput"):
+        (figures,) = rows(db, f"select to_jsonb(v) from {view} v")[0]
+        shown = {name: str(value) for name, value in figures.items() if isinstance(value, float)}
+        assert {"rows_per_second"} <= shown.keys()
+        for name, value in shown.items():
+            assert len(value.partition(".")[2]) <= (2 if name.endswith("_per_second") else 3), (name, value)
+
+
 def test_old_figures_go(db: Connection, declared: Knowledge) -> None:
     declared(5)
     fill(db)
