@@ -72,7 +72,7 @@ begin atomic
                     coalesce(sum(c.reltuples), 0),
                     case when autoembed.page_count(relation) > 20000 then 100001 else 0 end)::bigint
     from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
-    join pg_catalog.pg_class c on c.oid = l.oid;
+    join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p';  -- which has the sum of its partitions
 end;
 
 create function autoembed.count_rows(
@@ -122,16 +122,34 @@ begin
 end
 $$;
 
+-- null: a table that holds something was never analyzed
+create function autoembed.known_rows(relation oid) returns bigint
+language sql volatile
+begin atomic
+    select case when e.rows > 0 or not exists (
+        select from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
+        join pg_catalog.pg_class c on c.oid = l.oid
+        where c.reltuples < 0 and pg_relation_size(c.oid) > 0) then e.rows end
+    from (select autoembed.row_estimate(relation) as rows) e;
+end;
+
+create function autoembed.known_pending(relation oid, target smallint) returns bigint
+language sql volatile
+begin atomic
+    select case when bool_and(t.reltuples >= 0 or pg_relation_size(t.oid) = 0) then sum(greatest(c.reltuples, 0))::bigint end
+    from autoembed.pending_indexes(relation, target) p
+    join lateral (select p as oid union select t.relid from pg_catalog.pg_partition_tree(p) t where t.isleaf) l on true
+    join pg_catalog.pg_class c on c.oid = l.oid
+    join pg_catalog.pg_index i on i.indexrelid = l.oid
+    join pg_catalog.pg_class t on t.oid = i.indrelid;
+end;
+
 create function autoembed.known_counts(
     r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
 language sql volatile
 begin atomic
-    select k.total, greatest(k.total - k.pending, 0), k.pending, null::bigint, false
-    from (select autoembed.row_estimate((r).relation) as total,
-                 (select coalesce(sum(greatest(c.reltuples, 0)), 0)::bigint
-                  from autoembed.pending_indexes((r).relation, (r).target) p
-                  join lateral (select p as oid union select t.relid from pg_catalog.pg_partition_tree(p) t where t.isleaf) l on true
-                  join pg_catalog.pg_class c on c.oid = l.oid) as pending) k;
+    select k.total, case k.total < k.pending when true then 0 when false then k.total - k.pending end, k.pending, null::bigint, false
+    from (select autoembed.known_rows((r).relation) as total, autoembed.known_pending((r).relation, (r).target) as pending) k;
 end;
 
 -- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp

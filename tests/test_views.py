@@ -129,6 +129,44 @@ def test_oldest_pending_with_commit_timestamps(own_rig: Callable[..., Rig]) -> N
         assert scalar(db, "select oldest_pending < '20 s' from embedding_progress")
 
 
+def test_progress_of_anothers_table_that_the_statistics_do_not_know(
+    db: Connection, connect: Connect, role: Callable[..., str]
+) -> None:
+    """Nobody has counted its rows yet: that is not 0 of them."""
+    role("viola")
+    for source in ("name", "name[]"):
+        grant = f"grant execute on function embed_column(regclass, {source}, name, text, text, boolean) to viola"
+        db.execute(grant.encode())
+    viola = connect("viola")
+    viola.execute("create table hers (id int primary key, content text, embedding vector(384))")
+    viola.execute("select embed_column('hers', 'content'::name)")
+    query = "select embedded, pending, time_left::text, exact from embedding_progress"
+    assert rows(db, query) == [(0, 0, "00:00:00", False)]
+    viola.execute("insert into hers select g, 'text ' || g from generate_series(1, 3) g")
+    viola.execute("select pg_stat_force_next_flush()")
+    assert rows(db, query) == [(None, None, None, False)]
+    db.execute("select pg_stat_reset()")
+    assert scalar(db, "select total from embedding_progress") is None
+    assert scalar(db, "select status from embedding_health where check_name = 'schedule'") == "ok"
+    viola.execute("analyze hers")
+    assert rows(db, f"select total, {query[7:]}") == [(3, 0, 3, None, False)]
+
+
+def test_progress_of_anothers_partitions(db: Connection, role: Callable[..., str]) -> None:
+    """What the statistics have of the parent is what they have of its partitions, once more."""
+    db.execute("create table parted (id int primary key, content text, embedding vector(384)) partition by hash (id)")
+    db.execute("create table part0 partition of parted for values with (modulus 2, remainder 0)")
+    db.execute("create table part1 partition of parted for values with (modulus 2, remainder 1)")
+    db.execute("select embed_column('parted', 'content'::name)")
+    role("viola")
+    for table in ("parted", "part0", "part1"):
+        db.execute(f"alter table {table} owner to viola".encode())
+    query = "select total, embedded, pending from embedding_progress"
+    assert rows(db, query) == [(0, 0, 0)]
+    db.execute("insert into parted select g, 'text ' || g from generate_series(1, 20) g; analyze parted")
+    assert rows(db, query) == [(20, 0, 20)]
+
+
 # --- throughput, failures --------------------------------------------------------------------------------------
 
 
