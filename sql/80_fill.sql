@@ -19,8 +19,15 @@ begin atomic
 end;
 
 create function embed_retry(relation regclass default null) returns bigint
-language sql volatile
-begin atomic
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    tried bigint;
+begin
+    if relation is not null and not exists (select from autoembed.registration r where r.relation = embed_retry.relation) then
+        raise exception using errcode = 'undefined_object',
+            message = format('relation %s has no column declared for embedding', relation),
+            hint = 'Declare one with embed_column(relation, source, target).';
+    end if;
     with again as (
         delete from autoembed.failure f
         using autoembed.registration r
@@ -31,7 +38,9 @@ begin atomic
         select a.registration, a.key, a.hash from again a where a.kind = 'crashed'
         on conflict do nothing
     )
-    select count(*) from again;
-end;
+    select count(*) into tried from again;
+    return tried;
+end
+$$;
 
 comment on function embed_retry(regclass) is 'forget the failures, so that the next embed_pending tries those rows; how many';

@@ -16,6 +16,7 @@ from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
 from support.rigging import Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server
+from support.talk import refusal
 
 pytest_plugins = ["support.rig"]
 
@@ -249,6 +250,15 @@ def test_retry_tries_at_once(db: Connection, declared: Knowledge) -> None:
     assert scalar(db, "select embed_retry('knowledge')") == 3
     assert fill(db) == (1, 2, 0)
     assert scalar(db, "select embed_retry()") == 2
+
+
+def test_retry_is_for_declared_relations(db: Connection, knowledge: Knowledge) -> None:
+    knowledge(1)
+    error = refusal(db, "select embed_retry('knowledge')")
+    assert error.sqlstate == "42704"
+    assert error.diag.message_primary == "relation public.knowledge has no column declared for embedding"
+    assert "embed_column" in str(error.diag.message_hint)
+    assert scalar(db, "select embed_retry()") == 0
 
 
 def test_success_clears_the_failure(db: Connection, declared: Knowledge) -> None:

@@ -414,6 +414,13 @@ def test_wait_says_what_is_left_and_why(db: Connection, declared: Knowledge, rig
     assert complaint() == f"embedding is paused; {missing}"
 
 
+def test_wait_for_less_than_nothing(db: Connection, declared: Knowledge) -> None:
+    declared(1)
+    with pytest.raises(errors.InvalidParameterValue, match="timeout is -00:00:01") as caught:
+        db.execute("call embed_wait('knowledge', '-1 s')")
+    assert "0 or more" in str(caught.value.diag.message_hint)
+
+
 def test_wait_holds_nothing(db: Connection, connect: Connect, declared: Knowledge) -> None:
     declared(2)
     waiter = connect()

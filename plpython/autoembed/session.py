@@ -315,6 +315,8 @@ class Session:
             self.fail("relation and timeout must not be null", "22004", None)
         oid = self.database.value("select autoembed.oid_of($1)", ["text"], [relation])
         seconds = self.database.value("select autoembed.seconds($1)", ["text"], [timeout])
+        if seconds < 0:
+            self.fail(f"timeout is {timeout}", "22023", "timeout is 0 or more.")
         isolation = self.enter("embed_wait", "between its looks")
         try:
             self.wait(oid, relation, time.monotonic() + seconds)
