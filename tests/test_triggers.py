@@ -438,12 +438,27 @@ def test_writer_without_select_leaves_rows_pending(live: Connection, warm_role: 
 
 
 def test_constraint_that_refuses_the_vector_leaves_rows_pending(live: Connection) -> None:
-    live.execute("alter table docs add check (embedding is null or note = 'fine')")
+    live.execute("alter table docs add constraint only_fine check (embedding is null or note = 'fine')")
     with notices(live) as heard:
         live.execute("insert into docs values (1, 'one', 'bad')")
         live.execute("insert into docs values (2, 'two', 'fine')")
     assert column(live, "select embedding is null from docs order by id") == [True, False]
-    assert ["23514" in str(n.message) for n in heard] == [True]
+    label = f"{scalar(live, 'select current_schema()')}.docs.embedding"
+    refused = "constraint only_fine refused the vector (SQLSTATE 23514)"
+    assert [n.message for n in heard] == [f"{label}: new rows stay pending: {refused}"]
+
+
+def test_trigger_that_names_a_constraint_of_its_own(live: Connection) -> None:
+    """It can name anything: a text, say."""
+    live.execute(
+        "create function refuse() returns trigger language plpgsql as "
+        "$$ begin raise check_violation using message = new.content, constraint = new.content; end $$"
+    )
+    live.execute("create trigger refuse before update on docs for each row execute function refuse()")
+    with notices(live) as heard:
+        live.execute("insert into docs values (1, 'a secret text')")
+    (said,) = heard
+    assert str(said.message).endswith("docs.embedding: new rows stay pending (SQLSTATE 23514)")
 
 
 def test_paused_column_embeds_nothing(live: Connection) -> None:

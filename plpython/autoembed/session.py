@@ -379,9 +379,15 @@ class Session:
         except self.plpy.SPIError as error:
             if error.sqlstate[:2] in ("57", "40", "53", "25"):
                 raise
-            self.plpy.warning(f"{plan['label']}: new rows stay pending (SQLSTATE {error.sqlstate})")
+            self.plpy.warning(f"{plan['label']}: new rows stay pending{self.reason(error)}")
         except Exception as error:  # noqa: BLE001 -- a cancel is a SPIError, and went its way above
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
+
+    def reason(self, error: Any) -> str:
+        """Never the error's own message: a trigger's may quote the row."""
+        constraint = self.database.constraint(error)
+        refused = f": constraint {constraint} refused the vector" if constraint else ""
+        return f"{refused} (SQLSTATE {error.sqlstate})"
 
     def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
         column = column_of(plan)
