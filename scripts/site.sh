@@ -16,11 +16,19 @@ check_python() {
         die "PL/Python is linked to Python $linked, but PYTHON=$PYTHON is $(python_version): set PYTHON to python$linked"
 }
 
+# try_torch STAGE [pip's options]: a failure's last words, so that a full disk does not look like a missing wheel.
+try_torch() {
+    local said
+    said=$(pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" "${@:2}" 2>&1 >/dev/null) && return
+    printf '%s\n' "$said" | sed -e '/^[[:space:]]*$/d' -e 's/^\(.\{300\}\).*/\1 …/' -e 's/^/pip: /' | tail -n 2 >&2
+    return 1
+}
+
 # The local version (+cpu) makes sure that no index, whichever answers, brings the CUDA build unasked.
 install_torch() {
     if [ "$TORCH_VERSION" != system ]; then
-        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" 2>/dev/null && return
-        pip_in "$1" install --no-compile --no-deps "torch==$TORCH_VERSION" --index-url "$TORCH_INDEX" 2>/dev/null && return
+        try_torch "$1" && return
+        try_torch "$1" --index-url "$TORCH_INDEX" && return
         say "no torch $TORCH_VERSION for Python $(python_version) in pip's index or $TORCH_INDEX: the system's instead"
     fi
     get_system_torch

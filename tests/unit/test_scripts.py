@@ -1,0 +1,67 @@
+"""The build's scripts, as far as what they say when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+FALL_BACK = """
+set -euo pipefail
+ulimit -f 100
+say() { printf '==> %s\\n' "$*" >&2; }
+python_version() { echo 3.99; }
+get_system_torch() { :; }
+link_system_torch() { echo linked; }
+pip_in() { "$PYTHON" -m pip "${@:2}"; }
+TORCH_VERSION=0.0.1+nowhere TORCH_INDEX=file:///nowhere
+install_torch stage
+"""
+
+
+def functions(script: str, *names: str) -> str:
+    """Of a script that would act when sourced."""
+    text = (SCRIPTS / script).read_text()
+    found = [re.search(rf"^{name}\(\) {{.*?\n}}$", text, re.MULTILINE | re.DOTALL) for name in names]
+    return "\n".join(match[0] for match in found if match)
+
+
+def wheel(directory: Path) -> None:
+    """A torch of that version, as far as pip looks."""
+    info = "torch-0.0.1+nowhere.dist-info"
+    with zipfile.ZipFile(directory / "torch-0.0.1+nowhere-py3-none-any.whl", "w") as file:
+        file.writestr("torch/weights", bytes(1_000_000))
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1+nowhere\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.parametrize(
+    ("there", "reason"),
+    [
+        (False, "No matching distribution found for torch==0.0.1+nowhere"),
+        (True, "Could not install packages due to an OSError: [Errno 27] File too large"),
+    ],
+)
+def test_falling_back_to_the_systems_torch_says_why(tmp_path: Path, there: bool, reason: str) -> None:
+    """With a real pip, as quiet as the build has it: it finds no such wheel, or no room for it."""
+    if there:
+        wheel(tmp_path)
+    pips = {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(tmp_path),
+        "PIP_TARGET": str(tmp_path / "target"),
+        "PIP_QUIET": "2",
+    }
+    environment = os.environ | pips | {"PYTHON": sys.executable}
+    command = ["bash", "-c", functions("site.sh", "try_torch", "install_torch") + FALL_BACK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "linked\n"
+    assert f"pip: ERROR: {reason}" in done.stderr
+    assert "the system's instead" in done.stderr
