@@ -37,7 +37,7 @@ extern PGDLLEXPORT void _PG_init(void);
 	"path = \"" AUTOEMBED_SITE "\"\n" \
 	"sys.path[:] = [path, *(p for p in sys.path if p not in (path, \"\", site.getusersitepackages()))]\n" \
 	"from autoembed.preload import start\n" \
-	"start(GD, plpy.warning, api_version=1)\n"
+	"start(GD, plpy.log, plpy.warning, api_version=1)\n"
 
 static pid_t postmaster;
 
@@ -200,14 +200,7 @@ _PG_init(void)
 		return;
 	if (!IsPostmasterEnvironment || IsUnderPostmaster || IsBinaryUpgrade)
 		return;
-	if (is_blank(getenv("EMBEDDING_PRELOAD")))
-	{
-		ereport(LOG,
-				(errmsg("no embedding model is preloaded: EMBEDDING_PRELOAD names none"),
-				 errhint("Set it in the server's environment to the models' names, separated by commas.")));
-		return;
-	}
-	if (!python_starts())
+	if (is_blank(getenv("EMBEDDING_PRELOAD")) || !python_starts())
 		return;
 	try_block(LOAD_MODELS, WARNING);
 	watch_for_python();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,6 +176,15 @@ def test_closing_keeps_the_weights(session: Connection) -> None:
     assert np.array_equal(vector(session, "hello", "tiny-kept"), first)
 
 
+def test_log_says_what_was_preloaded(preloading: Server, session: Connection) -> None:
+    line = r"LOG:  embedding model (\S+) is preloaded: fingerprint (\w{12}), (\d+) MB, \d+ ms$"
+    said = re.findall(line, preloading.log, re.MULTILINE)
+    assert [name for name, *_ in said] == [MINILM, "tiny-changed", "tiny-replaced", "tiny-kept"]
+    fingerprint = scalar(session, "select fingerprint from embedding_models where name = %s", [MINILM])
+    assert said[0][1:] == (fingerprint[:12], "91")
+    assert "no embedding model" not in preloading.log
+
+
 def test_settings_say_what_is_preloaded(session: Connection) -> None:
     source = preload_setting(session)
     assert source.startswith("environment; loaded by the postmaster in ")
@@ -329,7 +339,7 @@ def test_wrong_setting(start: Callable[..., str], troubled: Server) -> None:
 
 
 def test_nothing_named(start: Callable[..., str], troubled: Server) -> None:
-    assert "LOG:  no embedding model is preloaded: EMBEDDING_PRELOAD names none" in start(EMBEDDING_PRELOAD=" ")
+    assert "embedding model" not in start(EMBEDDING_PRELOAD=" ")
     assert "libpython" not in Path(f"/proc/{troubled.pid}/maps").read_text()
     with troubled.connect() as connection:
         assert len(vector(connection, "hello", "tiny-kept")) == 32

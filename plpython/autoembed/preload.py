@@ -32,7 +32,7 @@ PROCESS = Path("/proc/self")
 HUGE_PAGE = 2 << 20
 MADV_COLLAPSE = 25
 
-Warn = Callable[[str], object]
+Say = Callable[[str], object]
 
 
 @dataclasses.dataclass
@@ -62,7 +62,7 @@ class Inherited:
 # --- in the postmaster ---------------------------------------------------------------------------------------------
 
 
-def start(gd: dict[str, Any], warn: Warn, api_version: int) -> None:
+def start(gd: dict[str, Any], log: Say, warn: Say, api_version: int) -> None:
     """Load what EMBEDDING_PRELOAD names. What cannot be loaded is a warning: the server starts all the same."""
     if api_version != API_VERSION:
         raise ApiMismatch(sql=api_version, package=API_VERSION)
@@ -74,7 +74,7 @@ def start(gd: dict[str, Any], warn: Warn, api_version: int) -> None:
         loaded.problems = dict.fromkeys(names(), str(error))
         warn(f"no embedding model was preloaded: {error}")
         return
-    load_all(loaded, wanted, warn)
+    load_all(loaded, wanted, log, warn)
     memory.trim()
     gc.freeze()  # a collection in a backend would write to every object, and so copy it
     collapse()
@@ -83,8 +83,9 @@ def start(gd: dict[str, Any], warn: Warn, api_version: int) -> None:
         warn(f"the postmaster has {tasks} threads after preloading; backends may hang at their first embedding")
 
 
-def load_all(loaded: Preloaded, wanted: Settings, warn: Warn) -> None:
+def load_all(loaded: Preloaded, wanted: Settings, log: Say, warn: Say) -> None:
     for name in wanted.preload:
+        started = time.monotonic()
         try:
             prepare(loaded)
             model = models.find(wanted, name)
@@ -94,6 +95,10 @@ def load_all(loaded: Preloaded, wanted: Settings, warn: Warn) -> None:
             kind = "" if isinstance(error, AutoembedError) else f"{type(error).__name__}: "
             loaded.problems[name] = f"{kind}{error}"
             warn(f"embedding model {name} was not preloaded: {kind}{error}")
+        else:
+            milliseconds = 1000 * (time.monotonic() - started)
+            about = f"fingerprint {model.fingerprint[:12]}, {model.bytes / 1e6:.0f} MB, {milliseconds:.0f} ms"
+            log(f"embedding model {name} is preloaded: {about}")
 
 
 @signals.kept()
