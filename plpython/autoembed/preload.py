@@ -97,7 +97,7 @@ def load_all(loaded: Preloaded, wanted: Settings, log: Say, warn: Say) -> None:
             warn(f"embedding model {name} was not preloaded: {kind}{error}")
         else:
             milliseconds = 1000 * (time.monotonic() - started)
-            about = f"fingerprint {model.fingerprint[:12]}, {model.bytes / 1e6:.0f} MB, {milliseconds:.0f} ms"
+            about = f"fingerprint {model.fingerprint[:12]}, {model.bytes // models.MEGABYTE} MB, {milliseconds:.0f} ms"
             log(f"embedding model {name} is preloaded: {about}")
 
 
