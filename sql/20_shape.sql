@@ -252,6 +252,12 @@ begin atomic
     select jsonb_object_agg(c.name, key -> c.position::integer) from autoembed.key_columns(relation) c;
 end;
 
+create function autoembed.counted(number bigint, one text, several text) returns text
+language sql immutable
+begin atomic
+    select format('%s %s', number, case number when 1 then one else several end);
+end;
+
 create function autoembed.find(relation regclass, target name) returns bigint
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare

@@ -240,7 +240,8 @@ begin
     perform autoembed.authorize(s.relation);
     execute pg_catalog.format('update %s t set %2$s = null where t.%2$s is not null', s.rows, s.target);
     get diagnostics cleared = row_count;
-    raise notice using message = pg_catalog.format('%s: %s vectors of the former model cleared, to be computed again', s.label, cleared);
+    raise notice using message = pg_catalog.format('%s: %s of the former model cleared, to be computed again', s.label,
+                                                autoembed.counted(cleared, 'vector', 'vectors'));
 end
 $$;
 

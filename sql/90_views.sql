@@ -31,7 +31,8 @@ begin atomic
                when c.status = 'paused' then 'is paused'
                when c.status <> 'ready' then format('is not filled (%s)', c.status)
                when l.untried then 'has rows that were not tried yet'
-               else format('has %s rows that failed and are tried again, the next in %s s', l.waiting,
+               else format(case l.waiting when 1 then 'has %s row that failed and is tried again, in %s s'
+                                          else 'has %s rows that failed and are tried again, the next in %s s' end, l.waiting,
                            greatest(0, round(extract(epoch from l.next_try - clock_timestamp())))) end), '; ' order by c.target)
     from autoembed.registration r
     join @extschema@.embedding_columns c on c.relation = r.relation::regclass and c.target = autoembed.column_name(r.relation, r.target)

@@ -210,8 +210,8 @@ begin atomic
     )
     select 'pending', case when count(*) > 0 then 'warn' else 'ok' end,
            case when count(*) > 0 then format('%s: rows wait since %s or longer, and none was embedded meanwhile%s',
-                                              min(o.label), min(o.since)::timestamptz(0), case when count(*) > 1 then format('; so it is with %s more columns', count(*) - 1) end)
-                else (select format('no row waits for long in %s columns of the reader''s own', count(*)) from looked l) end,
+                                              min(o.label), min(o.since)::timestamptz(0), case when count(*) > 1 then format('; so it is with %s', autoembed.counted(count(*) - 1, 'more column', 'more columns')) end)
+                else (select format('no row waits for long in %s of the reader''s own', autoembed.counted(count(*), 'column', 'columns')) from looked l) end,
            case when count(*) > 0 then 'See the checks named columns and schedule; embedding_progress has the column''s figures.' end
     from overdue o;
 end;
@@ -222,7 +222,7 @@ language sql stable
 begin atomic
     select 'failures', case when f.failed + f.waiting > 0 then 'warn' else 'ok' end,
            case when f.failed + f.waiting = 0 then 'no row has failed'
-                else format('%s rows have failed for good, %s will be tried again', f.failed, f.waiting) end,
+                else format('%s failed for good, %s will be tried again', autoembed.counted(f.failed, 'row has', 'rows have'), f.waiting) end,
            case when f.failed + f.waiting > 0 then 'embedding_failures says which and why; embed_retry() tries them again.' end
     from (select count(*) filter (where x.next_try is null) as failed, count(x.next_try) as waiting
           from (select f.next_try from autoembed.failure f limit 10000) x) f;
@@ -232,7 +232,7 @@ create function autoembed.suspects_health(out check_name text, out status text, 
 language sql stable
 begin atomic
     select 'suspects', case when count(*) > 0 then 'warn' else 'ok' end,
-           case when count(*) > 0 then format('%s texts were being embedded when the server crashed', count(*))
+           case when count(*) > 0 then format('%s being embedded when the server crashed', autoembed.counted(count(*), 'text was', 'texts were'))
                 else 'no text is suspected of having crashed the server' end,
            case when count(*) > 0 then 'The next fill tries each of them alone: which of them it was will be known then.' end
     from (select from autoembed.suspect f limit 10000) x;

@@ -352,6 +352,10 @@ def test_another_model_clears_the_column(warm: Connection, fragile: Path) -> Non
     ]
     assert column(warm, "select embedding from docs") == [None, None]
     assert declared(warm)[0][3] == TINY
+    warm.execute(f"update docs set embedding = {VECTOR} where id = 1", [1])
+    with notices(warm) as heard:
+        warm.execute("select embed_column_set('docs', 'embedding', model => %s)", [fragile.name])
+    assert ": 1 vector of the former model cleared" in str(heard[0].message)
 
 
 def test_same_model_again_keeps_the_vectors(warm: Connection) -> None:

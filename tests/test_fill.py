@@ -14,6 +14,7 @@ from psycopg import errors, sql
 from conftest import Database
 from support.rigging import Rig, add_stub, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server, pg_config
+from support.talk import notices
 
 pytest_plugins = ["support.rig"]
 
@@ -320,6 +321,16 @@ def test_one_log_line_a_call(db: Connection, declared: Knowledge, rig: Rig) -> N
     assert "LOG:  autoembed: 9 rows embedded, 0 failed" in lines[0]
     assert "rows/s" in lines[0]
     assert "stub-384 on cpu" in lines[0]
+
+
+def test_one_row_is_one_row(db: Connection, declared: Knowledge, rig: Rig) -> None:
+    declared(2)
+    rig.pace(1.1)
+    before = len(rig.server.log)
+    with notices(db) as heard:
+        fill(db, batch=1, max_rows=1)
+    assert ": 1 row embedded, 1 to go, " in str(heard[0].message)
+    assert "autoembed: 1 row embedded, 0 failed" in rig.server.log[before:]
 
 
 def test_notices_say_how_far_it_is(db: Connection, declared: Knowledge, rig: Rig) -> None:

@@ -274,11 +274,11 @@ def test_failures_and_suspects(db: Connection, declared: Knowledge) -> None:
     fill(db)
     assert check(db, "failures")[:2] == ("warn", "0 rows have failed for good, 2 will be tried again")
     db.execute("update autoembed.failure set next_try = null where key = '[1]'")
-    assert check(db, "failures")[:2] == ("warn", "1 rows have failed for good, 1 will be tried again")
+    assert check(db, "failures")[:2] == ("warn", "1 row has failed for good, 1 will be tried again")
     assert "embed_retry" in check(db, "failures")[2]
     db.execute("insert into autoembed.suspect select registration, key, hash from autoembed.failure where key = '[2]'")
     db.execute("delete from autoembed.failure")
-    assert check(db, "suspects")[:2] == ("warn", "1 texts were being embedded when the server crashed")
+    assert check(db, "suspects")[:2] == ("warn", "1 text was being embedded when the server crashed")
     assert "secret" not in str(rows(db, "select * from embedding_health"))
 
 

@@ -404,6 +404,9 @@ def test_wait_says_what_is_left_and_why(db: Connection, declared: Knowledge, rig
     declared(0, texts=["a raiseword text", "a fine text", "a raiseword, too"])
     assert complaint() == "embedding has rows that were not tried yet"
     db.execute("call embed_pending()")
+    db.execute("update knowledge set content = '' where content = 'a raiseword, too'")
+    assert re.fullmatch("embedding has 1 row that failed and is tried again, in (29|30) s", complaint())
+    db.execute("update knowledge set content = 'a raiseword, too' where content = ''")
     assert re.fullmatch("embedding has 2 rows that failed and are tried again, the next in (29|30) s", complaint())
     db.execute("select embed_column_set('knowledge', 'embedding', enabled => false)")
     assert complaint() == "embedding is paused"

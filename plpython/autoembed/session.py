@@ -256,7 +256,7 @@ class Session:
     def log(self, totals: Totals, seconds: float) -> None:
         encoders = ", ".join(f"{name} on {loaded.device}" for name, loaded in self.models.loaded.items())
         self.plpy.log(
-            f"autoembed: {totals.embedded} rows embedded, {totals.failed} failed, {totals.skipped} skipped, "
+            f"autoembed: {counted(totals.embedded)} embedded, {totals.failed} failed, {totals.skipped} skipped, "
             f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s "
             f"({totals.embedded / max(seconds, 1e-9):.1f} rows/s), {encoders}"
         )
@@ -497,7 +497,7 @@ class Progress:
         rate = totals.embedded / seconds
         known = left <= COUNTED
         to_go = str(left) if known else f"more than {COUNTED}"
-        message = f"{column.label}: {totals.embedded} rows embedded, {to_go} to go, {rate:.1f} rows/s"
+        message = f"{column.label}: {counted(totals.embedded)} embedded, {to_go} to go, {rate:.1f} rows/s"
         if known and rate > 0:
             message += f", {clock(left / rate)} left"
         if totals.failed:
@@ -508,6 +508,10 @@ class Progress:
 def column_of(row: Any) -> Column:
     names = ("registration", "label", "model", "fingerprint", "dimensions", "shape")
     return Column(**{name: row[name] for name in names})
+
+
+def counted(rows: int) -> str:
+    return "1 row" if rows == 1 else f"{rows} rows"
 
 
 def json(value: Any) -> str:
