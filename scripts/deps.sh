@@ -17,7 +17,7 @@ install_server() {
 
 installed() { [ -x "$(find_pg_config)" ] && use_postgres && [ -x "$BINDIR/postgres" ]; }
 has_plpython() { use_postgres && [ -f "$PKGLIBDIR/plpython3.so" ] && [ -f "$SHAREDIR/extension/plpython3u.control" ]; }
-has_compiler() { type gcc >/dev/null 2>&1 && [ -f /usr/include/stdint.h ]; }  # the package's int8.c
+has_compiler() { type gcc >/dev/null 2>&1 && [ -f /usr/include/stdint.h ]; }  # the package's C
 has_venv() { "$PYTHON" -c 'import venv, ensurepip' 2>/dev/null; }
 
 [ -z "${PG_CONFIG:-}" ] || [ -x "$PG_CONFIG" ] || die "PG_CONFIG=$PG_CONFIG is no program"

@@ -39,7 +39,7 @@ def mean(tokens: Tensor, packed: Packed) -> Tensor:
 
 
 def cls(tokens: Tensor, packed: Packed) -> Tensor:
-    return tokens[packed.starts]
+    return tokens[packed.bounds[:-1]]
 
 
 def highest(tokens: Tensor, packed: Packed) -> Tensor:

@@ -15,6 +15,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "exponential.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
 #define FOR_EACH_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -106,23 +108,6 @@ dequantize_row(const struct product *p, long row, long columns, float *restrict 
 	}
 }
 
-/* e^x for x <= 0, to 2e-7: 2^n by the exponent's bits, the rest by a polynomial (Cephes) */
-static inline float
-exp_negative(float x)
-{
-	float		scaled = x < -87.0f ? -87.0f * 1.44269504f : x * 1.44269504f;
-	float		whole = rintf(scaled);
-	float		r = (scaled - whole) * 0.693147181f;
-	union
-	{
-		int32_t		bits;
-		float		value;
-	}			power;
-
-	power.bits = ((int32_t) whole + 127) << 23;
-	return power.value * (1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f))))));
-}
-
 /* x * P(X <= x), X normal; the error function by Abramowitz and Stegun 7.1.26, to 1.5e-7 */
 FOR_EACH_CPU static void
 gelu_row(float *restrict values, long columns)
@@ -161,53 +146,6 @@ norm_row(float *restrict values, const float *restrict residual, const float *re
 #pragma omp simd
 	for (long c = 0; c < columns; c++)
 		values[c] = (values[c] - mean) * inverse * weight[c] + bias[c];
-}
-
-/* e^(scale * scores + bias), to a sum of 1; without a bias where it is null */
-FOR_EACH_CPU static void
-softmax_row(float *restrict scores, const float *restrict bias, float scale, long columns)
-{
-	float		most = -INFINITY;
-	float		sum = 0;
-	float		inverse;
-
-	if (bias)
-	{
-#pragma omp simd reduction(max:most)
-		for (long c = 0; c < columns; c++)
-		{
-			scores[c] = scores[c] * scale + bias[c];
-			most = scores[c] > most ? scores[c] : most;
-		}
-	}
-	else
-	{
-#pragma omp simd reduction(max:most)
-		for (long c = 0; c < columns; c++)
-		{
-			scores[c] = scores[c] * scale;
-			most = scores[c] > most ? scores[c] : most;
-		}
-	}
-#pragma omp simd reduction(+:sum)
-	for (long c = 0; c < columns; c++)
-	{
-		scores[c] = exp_negative(scores[c] - most);
-		sum += scores[c];
-	}
-	inverse = 1.0f / sum;
-#pragma omp simd
-	for (long c = 0; c < columns; c++)
-		scores[c] *= inverse;
-}
-
-int
-autoembed_softmax(float *scores, const float *bias, float scale, long rows, long columns, int threads)
-{
-#pragma omp parallel for num_threads(threads) schedule(static)
-	for (long row = 0; row < rows; row++)
-		softmax_row(scores + row * columns, bias ? bias + row * columns : 0, scale, columns);
-	return 0;
 }
 
 /* -1 for rows that the stack does not take, here and below */

@@ -7,16 +7,20 @@ BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019), XLM-RoBERTa (Conneau et al
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from autoembed import kernels
+from autoembed.kernels import pointers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_,
@@ -24,10 +28,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": lambda values: torch.ops.aten.gelu_(values, approximate="tanh"),
     "relu": torch.relu_,
 }
-# Flash attention is quicker for short texts, many of a length at once, and for long ones, whose matrix of scores it
-# never makes. In between a plain product per head is twice as quick on a CPU. Without MKL torch makes the products one
-# by one, and only the small ones are worth it.
-SHORT, LONG = 48, 300 if torch._C.has_mkl else 128
+FLOAT = torch.float32
+LANES = 16
+"""attention.c takes heads whose size is a multiple of this."""
 
 
 class UnsupportedNetwork(Exception):
@@ -134,49 +137,25 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Texts of one length that attention takes together."""
-
-    start: int
-    count: int
-    length: int
-
-    @property
-    def end(self) -> int:
-        return self.start + self.count * self.length
-
-
-@dataclass(frozen=True)
 class Packed:
-    """Texts as one row of token ids (T), and where each begins and ends."""
+    """Texts as one row of token ids (T), and how long each is."""
 
     ids: Tensor
     lengths: list[int]
-    groups: list[Group]
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]]) -> Packed:
-        """In the order given; equal lengths stand side by side where the texts are sorted by length."""
-        lengths = [len(text) for text in texts]
-        return cls(torch.tensor(list(chain.from_iterable(texts))), lengths, list(_groups(lengths)))
+        """In the order given."""
+        return cls(torch.tensor(list(chain.from_iterable(texts))), [len(text) for text in texts])
 
     @property
-    def starts(self) -> list[int]:
-        return [0, *accumulate(self.lengths)][:-1]
+    def bounds(self) -> Tensor:
+        """Where each text starts (texts + 1): the next one's start is its end."""
+        return torch.tensor([0, *accumulate(self.lengths)])
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Rows of a matrix (T, …), text by text."""
         return torch.split_with_sizes(tokens, self.lengths)
-
-
-def _groups(lengths: Sequence[int]) -> Iterator[Group]:
-    start = 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
-        together = count if length <= SHORT else 1
-        for _ in range(count // together):
-            yield Group(start, together, length)
-            start += together * length
 
 
 class Norm:
@@ -241,49 +220,59 @@ Look = Callable[[Tensor, Tensor], Tensor]
 
 
 class Attention:
-    """Each text's tokens look at one another (Vaswani et al. 2017), by flash attention or a product per head."""
+    """Each text's tokens look at one another (Vaswani et al. 2017), by attention.c or, without it, by torch."""
 
-    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, shape: Shape, weights: Mapping[str, Tensor], space: Workspace) -> None:
         self.shape = shape
+        self.space = space
         self.scale = 1 / math.sqrt(shape.head)
-        by_bucket = weights.get("encoder.relative_attention_bias.weight")
-        self.by_bucket = None if by_bucket is None else by_bucket.to(dtype)
+        self.by_bucket = weights.get("encoder.relative_attention_bias.weight")
+        self.library = kernels.library() if shape.head % LANES == 0 else None
+        if self.library is not None:
+            self.library.autoembed_attention_scratch.restype = ctypes.c_long
 
     def of(self, packed: Packed) -> Look:
         """All layers look at the same texts."""
-        return partial(self.look, packed.groups, self.biases(packed))
+        biases = self.biases(max(packed.lengths))
+        if self.library is None:
+            return partial(self.by_torch, packed, biases)
+        return partial(self.by_kernel, self.library, packed.bounds, max(packed.lengths), biases)
 
-    def biases(self, packed: Packed) -> list[Tensor | None]:
-        """(heads, length, length) a group: MPNet adds to each score by how far apart two tokens are."""
+    def biases(self, longest: int) -> Tensor | None:
+        """(heads, 2 * longest - 1) and some zeros: MPNet adds to each score by how far the key is behind the query."""
         if self.by_bucket is None:
-            return [None] * len(packed.groups)
-        longest = max(packed.lengths)
-        places = torch.arange(longest)
-        buckets = relative_buckets(places[None, :] - places[:, None], self.shape.buckets)
-        whole = self.by_bucket[buckets].permute(2, 0, 1).contiguous()
-        return [whole[:, : group.length, : group.length].contiguous() for group in packed.groups]
+            return None
+        buckets = relative_buckets(torch.arange(1 - longest, longest), self.shape.buckets)
+        return functional.pad(self.by_bucket.float()[buckets].t(), (0, LANES)).contiguous()
 
-    def look(self, groups: Sequence[Group], biases: Sequence[Tensor | None], joined: Tensor, out: Tensor) -> Tensor:
+    def by_kernel(
+        self, library: ctypes.CDLL, bounds: Tensor, longest: int, biases: Tensor | None, joined: Tensor, out: Tensor
+    ) -> Tensor:
+        """In float32, whatever the products' type."""
+        threads = torch.get_num_threads()
+        longs = [ctypes.c_long(each) for each in (len(bounds) - 1, longest, self.shape.heads, self.shape.head)]
+        scratch = self.space.take("scratch", threads, library.autoembed_attention_scratch(longs[1], longs[3]), FLOAT)
+        wide = joined.float()
+        seen = out if out.dtype == FLOAT else torch.empty_like(out, dtype=FLOAT)
+        what = pointers(wide, seen, bounds, biases, scratch)
+        library.autoembed_attention(what, *longs, ctypes.c_float(self.scale), ctypes.c_int(threads))
+        return out if seen is out else out.copy_(seen)
+
+    def by_torch(self, packed: Packed, biases: Tensor | None, joined: Tensor, out: Tensor) -> Tensor:
         heads, head = self.shape.heads, self.shape.head
-        for group, bias in zip(groups, biases, strict=True):
-            parts = joined[group.start : group.end].view(group.count, group.length, 3, heads, head)
-            look = self.plain if SHORT < group.length <= LONG else self.flash
-            seen = out[group.start : group.end].view(group.count, group.length, heads, head)
-            seen.copy_(look(parts.permute(2, 0, 3, 1, 4), bias).transpose(1, 2))
+        for tokens, seen in zip(packed.split(joined), packed.split(out), strict=True):
+            query, key, value = tokens.view(1, -1, 3, heads, head).permute(2, 0, 3, 1, 4)
+            mask = None if biases is None else square(biases, len(tokens)).to(joined.dtype)
+            found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
+            seen.copy_(found.transpose(1, 2).reshape(seen.shape))
         return out
 
-    def flash(self, parts: Tensor, bias: Tensor | None) -> Tensor:
-        """(3, texts, heads, length, head) to (texts, heads, length, head) (Dao et al. 2022)."""
-        query, key, value = parts.unbind(0)
-        mask = None if bias is None else bias.expand(len(query), -1, -1, -1)
-        return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=self.scale)
 
-    def plain(self, parts: Tensor, bias: Tensor | None) -> Tensor:
-        """The same of one text, (3, 1, heads, length, head)."""
-        query, key, value = parts[:, 0].unbind(0)
-        added = query.new_empty(()) if bias is None else bias
-        scores = torch.baddbmm(added, query, key.transpose(1, 2), beta=int(bias is not None), alpha=self.scale)
-        return torch.bmm(scores.softmax(-1), value)[None]
+def square(biases: Tensor, length: int) -> Tensor:
+    """(heads, length, length) of (heads, distances): a row for each query."""
+    middle = (biases.shape[1] - LANES) // 2
+    near = biases[:, middle + 1 - length : middle + length]
+    return near.unfold(1, length, 1).flip(1)
 
 
 class Linear:
@@ -335,9 +324,9 @@ class Network:
     def __init__(self, shape: Shape, weights: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> None:
         self.shape = shape
         self.embeddings = Embeddings(shape, weights)
-        self.attention = Attention(shape, weights, dtype)
         self.dtype = dtype
         self.space = Workspace(dtype)
+        self.attention = Attention(shape, weights, self.space)
         self.make_layers(weights)
 
     def make_layers(self, weights: Mapping[str, Tensor]) -> None:

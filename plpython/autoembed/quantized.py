@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from autoembed import kernels
+from autoembed.kernels import pointer, pointers
 from autoembed.network import (
-    Attention,
     LayerNames,
     Linear,
     Look,
@@ -33,7 +33,6 @@ STEPS = 127
 # As int8.c has them.
 OUTLIERS = 8
 LARGEST_ROW = 16_384
-LIBRARY = "autoembed._int8"
 
 
 class Rows(NamedTuple):
@@ -163,20 +162,6 @@ class QuantizedLayer:
         return kernels.add_norm(rows, self.down, tokens, self.norm, after, space)
 
 
-class QuantizedAttention(Attention):
-    def __init__(self, kernels: Kernels, shape: Shape, weights: Mapping[str, Tensor], space: Workspace) -> None:
-        super().__init__(shape, weights, torch.float32)
-        self.kernels = kernels
-        self.space = space
-
-    def plain(self, parts: Tensor, bias: Tensor | None) -> Tensor:
-        query, key, value = parts[:, 0].unbind(0)
-        heads, length, _ = query.shape
-        scores = self.space.take("scores", heads * length, length).view(heads, length, length)
-        torch.bmm(query, key.transpose(1, 2), out=scores)
-        return torch.bmm(self.kernels.softmax(scores, bias, self.scale), value)[None]
-
-
 class QuantizedNetwork(Network):
     def __init__(self, shape: Shape, weights: Mapping[str, Tensor]) -> None:
         check(shape)
@@ -184,7 +169,6 @@ class QuantizedNetwork(Network):
         super().__init__(shape, weights)
 
     def make_layers(self, weights: Mapping[str, Tensor]) -> None:
-        self.attention = QuantizedAttention(self.kernels, self.shape, weights, self.space)
         names = map(self.shape.names, range(self.shape.layers))
         self.quantized = [QuantizedLayer(self.kernels, self.shape, weights, each) for each in names]
 
@@ -200,43 +184,37 @@ class QuantizedNetwork(Network):
 
 
 class Kernels:
-    """int8.c. It is loaded after torch, and so shares torch's OpenMP threads."""
+    """int8.c."""
 
     def __init__(self) -> None:
-        spec = find_spec(LIBRARY)
-        if spec is None or spec.origin is None:
+        library = kernels.library()
+        if library is None:
             raise UnsupportedNetwork("this installation was built without a C compiler, and so without int8")
-        self.library = ctypes.CDLL(spec.origin)
+        self.library = library
 
     def product(self, rows: Rows, weight: Weight, out: Tensor, space: Workspace) -> Tensor:
         sums, size = self._sums(rows, weight, space)
-        self._call("dequantize", self._product(sums, rows, weight), *size, _pointer(out))
+        self._call("dequantize", self._product(sums, rows, weight), *size, pointer(out))
         return out
 
     def quantize(self, values: Tensor, after: Weight, space: Workspace) -> Rows:
         """Of a matrix, for the product that comes after; the others below do the same with their own results."""
         rows = self._rows("narrow", values, space)
-        self._call("quantize", _pointer(values), *map(ctypes.c_long, values.shape), _pointers(*rows, after.places))
+        self._call("quantize", pointer(values), *map(ctypes.c_long, values.shape), pointers(*rows, after.places))
         return rows
-
-    def softmax(self, scores: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        added = ctypes.c_void_p(None if bias is None else bias.data_ptr())
-        rows = ctypes.c_long(scores.shape[0] * scores.shape[1])
-        self._call("softmax", _pointer(scores), added, ctypes.c_float(scale), rows, ctypes.c_long(scores.shape[2]))
-        return scores
 
     def gelu(self, rows: Rows, weight: Weight, after: Weight, space: Workspace) -> Rows:
         sums, size = self._sums(rows, weight, space)
         wide = self._rows("wide", sums, space)
-        self._call("gelu", self._product(sums, rows, weight), *size, _pointers(*wide, after.places))
+        self._call("gelu", self._product(sums, rows, weight), *size, pointers(*wide, after.places))
         return wide
 
     def add_norm(self, rows: Rows, weight: Weight, tokens: Tensor, norm: Norm, after: Weight, space: Workspace) -> Rows:
         sums, size = self._sums(rows, weight, space)
         normed = self._rows("normed", tokens, space)
-        learned = (_pointer(norm.weight), _pointer(norm.bias), ctypes.c_float(norm.epsilon))
-        out = _pointers(*normed, after.places)
-        self._call("add_norm", self._product(sums, rows, weight), *size, *learned, _pointer(tokens), out)
+        learned = (pointer(norm.weight), pointer(norm.bias), ctypes.c_float(norm.epsilon))
+        out = pointers(*normed, after.places)
+        self._call("add_norm", self._product(sums, rows, weight), *size, *learned, pointer(tokens), out)
         return normed
 
     def _sums(self, rows: Rows, weight: Weight, space: Workspace) -> tuple[Tensor, tuple[ctypes.c_long, ...]]:
@@ -245,7 +223,7 @@ class Kernels:
         return sums, tuple(map(ctypes.c_long, sums.shape))
 
     def _product(self, sums: Tensor, rows: Rows, weight: Weight) -> ctypes.Array[ctypes.c_void_p]:
-        return _pointers(sums, *rows[1:], *weight[1:5])
+        return pointers(sums, *rows[1:], *weight[1:5])
 
     def _rows(self, name: str, like: Tensor, space: Workspace) -> Rows:
         steps = space.take(name, like.shape[0], like.shape[1], torch.int8)
@@ -256,12 +234,3 @@ class Kernels:
         threads = ctypes.c_int(torch.get_num_threads())
         if getattr(self.library, f"autoembed_{name}")(*arguments, threads) < 0:
             raise RuntimeError(f"int8 {name} does not take rows of this length")
-
-
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
-def _pointers(*tensors: Tensor) -> ctypes.Array[ctypes.c_void_p]:
-    """A C struct of pointers."""
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))

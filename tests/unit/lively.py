@@ -70,7 +70,7 @@ def tiny_bert(directory: Path, name: str = "tiny-bert", pooling: str = "mean", *
     """BERT of 32 dimensions and 64 tokens with MiniLM's vocabulary; not normalised."""
     from transformers import BertConfig, BertModel
 
-    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = BertConfig(**{**settings, "max_position_embeddings": 64, "architectures": ["BertModel"], **changes})
     return transformer(directory / name, BertModel, config, pooling)
 

@@ -200,15 +200,6 @@ def undone(rows: Rows, after: Weight) -> torch.Tensor:
     return values.index_copy(1, after.places, outliers)
 
 
-@pytest.mark.parametrize("biased", [True, False])
-def test_softmax(kernels: Kernels, biased: bool) -> None:
-    torch.manual_seed(0)
-    scores = torch.randn(3, 37, 37) * 30
-    bias = torch.randn(3, 37, 37) if biased else None
-    expected = (scores * 0.5 + (bias if bias is not None else 0)).softmax(-1)
-    torch.testing.assert_close(kernels.softmax(scores.clone(), bias, 0.5), expected, atol=1e-6, rtol=1e-5)
-
-
 def test_rows_that_the_stack_does_not_take(kernels: Kernels, space: Workspace) -> None:
     _, _, wide = product(4, 20_000)
     with pytest.raises(RuntimeError, match="does not take rows of this length"):

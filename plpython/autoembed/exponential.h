@@ -1,0 +1,16 @@
+/* e^x for x <= 0, to 2e-7: 2^n by the exponent's bits, the rest by a polynomial (Cephes) */
+static inline float
+exp_negative(float x)
+{
+	float		scaled = x < -87.0f ? -87.0f * 1.44269504f : x * 1.44269504f;
+	float		whole = rintf(scaled);
+	float		r = (scaled - whole) * 0.693147181f;
+	union
+	{
+		int32_t		bits;
+		float		value;
+	}			power;
+
+	power.bits = ((int32_t) whole + 127) << 23;
+	return power.value * (1.0f + r * (1.0f + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (0.00833333333f + r * 0.00138888889f))))));
+}
