@@ -168,12 +168,23 @@ autoembed_quantize(const float *values, long rows, long columns, const struct qu
 	return 0;
 }
 
+/* out may be the product's sums */
 int
-autoembed_dequantize(const struct product *p, long rows, long columns, float *out, int threads)
+autoembed_dequantize(const struct product *p, long rows, long columns, void *out, int threads)
 {
-#pragma omp parallel for num_threads(threads) schedule(static)
-	for (long row = 0; row < rows; row++)
-		dequantize_row(p, row, columns, out + row * columns);
+	if (columns > LARGEST_ROW)
+		return -1;
+#pragma omp parallel num_threads(threads)
+	{
+		float		buffer[LARGEST_ROW];
+
+#pragma omp for schedule(static)
+		for (long row = 0; row < rows; row++)
+		{
+			dequantize_row(p, row, columns, buffer);
+			memcpy((char *) out + row * columns * sizeof(float), buffer, columns * sizeof(float));
+		}
+	}
 	return 0;
 }
 

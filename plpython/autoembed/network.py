@@ -29,6 +29,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
 }
 FLOAT = torch.float32
+NORMED_AT_ONCE = 128
+"""Rows whose norms stay in the processor's cache until they are written back."""
 LANES = 16
 """attention.c takes heads whose size is a multiple of this."""
 
@@ -159,7 +161,7 @@ class Packed:
 
 
 class Norm:
-    """Layer normalization over the width (Ba et al. 2016)."""
+    """Layer normalization over the width, in place (Ba et al. 2016)."""
 
     def __init__(
         self, weights: Mapping[str, Tensor], name: str, epsilon: float, dtype: torch.dtype = torch.float32
@@ -169,7 +171,9 @@ class Norm:
         self.epsilon = epsilon
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        return functional.layer_norm(tokens, self.weight.shape, self.weight, self.bias, self.epsilon)
+        for rows in torch.split(tokens, NORMED_AT_ONCE):
+            rows.copy_(functional.layer_norm(rows, self.weight.shape, self.weight, self.bias, self.epsilon))
+        return tokens
 
 
 class Workspace:
@@ -180,11 +184,18 @@ class Workspace:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        kept = self._kept.get(name)
-        if kept is None or kept.numel() < rows * columns:
-            self._kept.pop(name, None)
-            kept = self._kept[name] = torch.empty(rows * columns, dtype=dtype or self.dtype)
-        return kept[: rows * columns].view(rows, columns)
+        """In the place of what had this name before."""
+        (matrix,) = self.split(name, rows, columns, dtype=dtype)
+        return matrix
+
+    def split(self, name: str, rows: int, *columns: int, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Several matrices, in the place of one."""
+        sizes = [rows * each for each in columns]
+        if name not in self._kept or self._kept[name].numel() < sum(sizes):
+            self._kept.pop(name, None)  # or both would be there for a moment
+            self._kept[name] = torch.empty(sum(sizes), dtype=dtype or self.dtype)
+        parts = self._kept[name][: sum(sizes)].split_with_sizes(sizes)
+        return [part.view(rows, each) for part, each in zip(parts, columns, strict=True)]
 
     def clear(self) -> None:
         self._kept.clear()
@@ -311,10 +322,10 @@ class Layer:
 
     def __call__(self, tokens: Tensor, looks: Look, space: Workspace) -> Tensor:
         count = len(tokens)
-        joined = self.joined(tokens, space.take("joined", count, self.joined.outputs))
-        seen = looks(joined, space.take("seen", count, self.output.outputs))
+        joined, seen = space.split("products", count, self.joined.outputs, self.output.outputs)
+        seen = looks(self.joined(tokens, joined), seen)
         tokens = self.attention_norm(self.output.add_to(seen, tokens))
-        inner = self.activate(self.up(tokens, space.take("inner", count, self.up.outputs)))
+        inner = self.activate(self.up(tokens, space.take("products", count, self.up.outputs)))
         return self.norm(self.down.add_to(inner, tokens))
 
 

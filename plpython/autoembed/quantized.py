@@ -91,8 +91,8 @@ def quantized(weight: Tensor, bias: Tensor, largest: Tensor) -> Weight:
 def check(shape: Shape) -> None:
     if shape.activation != "gelu":
         raise UnsupportedNetwork(f"int8 needs the activation gelu, not {shape.activation}")
-    if not OUTLIERS <= min(shape.width, shape.inner) <= max(shape.width, shape.inner) <= LARGEST_ROW:
-        raise UnsupportedNetwork(f"int8 needs layers from {OUTLIERS} to {LARGEST_ROW} wide")
+    if not OUTLIERS <= min(shape.width, shape.inner) <= max(3 * shape.width, shape.inner) <= LARGEST_ROW:
+        raise UnsupportedNetwork(f"int8 needs products from {OUTLIERS} to {LARGEST_ROW} wide")
 
 
 def check_weight(weight: Weight, inputs: int) -> None:
@@ -154,7 +154,7 @@ class QuantizedLayer:
     def __call__(self, tokens: Tensor, rows: Rows, looks: Look, after: Weight, space: Workspace) -> Rows:
         """tokens (T, width) are changed in place; rows are the same as bytes, made for the product that comes after."""
         count, kernels = len(tokens), self.kernels
-        joined = kernels.product(rows, self.joined, space.take("joined", count, self.joined.outputs), space)
+        joined = kernels.product(rows, self.joined, space)
         seen = looks(joined, space.take("seen", count, self.output.outputs))
         rows = kernels.quantize(seen, self.output, space)
         rows = kernels.add_norm(rows, self.output, tokens, self.attention_norm, self.up, space)
@@ -192,10 +192,11 @@ class Kernels:
             raise UnsupportedNetwork("this installation was built without a C compiler, and so without int8")
         self.library = library
 
-    def product(self, rows: Rows, weight: Weight, out: Tensor, space: Workspace) -> Tensor:
+    def product(self, rows: Rows, weight: Weight, space: Workspace) -> Tensor:
+        """Floats in the place of the sums that they are made of: good until the next product."""
         sums, size = self._sums(rows, weight, space)
-        self._call("dequantize", self._product(sums, rows, weight), *size, pointer(out))
-        return out
+        self._call("dequantize", self._product(sums, rows, weight), *size, pointer(sums))
+        return sums.view(torch.float32)
 
     def quantize(self, values: Tensor, after: Weight, space: Workspace) -> Rows:
         """Of a matrix, for the product that comes after; the others below do the same with their own results."""
