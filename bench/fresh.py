@@ -47,10 +47,11 @@ def tell(process: "subprocess.Popen[str]", line: str) -> None:
 def cold_start(started: float, directory: str, name: str) -> dict[str, float]:
     """Of a process whose first text is encoded by the extension's package."""
     begun = time.monotonic()
-    from autoembed import batching, offline, settings
+    from autoembed import batching, memory, offline, settings
 
     offline.set_environment()
-    from autoembed import models, packed  # noqa: F401 -- loading would import it
+    with memory.uncollected():  # as loading does, which would import them
+        from autoembed import models, packed  # noqa: F401
 
     imported = time.monotonic()
     current = settings.read({"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_DEVICE": "cpu"})

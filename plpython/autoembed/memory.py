@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -25,3 +27,16 @@ def free_mkl() -> None:
         free = getattr(ctypes.CDLL(str(library)), "mkl_serv_free_buffers", None)
         if free is not None:
             free()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage: while libraries are imported some hundred thousand objects come that all stay, and to look
+    through them again and again takes a tenth of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

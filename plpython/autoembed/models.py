@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoembed import manifest as manifests
-from autoembed import offline, signals
+from autoembed import memory, offline, signals
 from autoembed.device import resolve
 from autoembed.errors import (
     AutoembedError,
@@ -163,6 +163,7 @@ def look(model: Model) -> list[str]:
 
 
 @signals.kept()
+@memory.uncollected()
 def load(model: Model, settings: Settings) -> Encoder:
     """Check the files, then load the weights: seconds, and hundreds of megabytes."""
     if settings.max_memory_mb is not None and model.bytes > settings.max_memory_mb * MEGABYTE:

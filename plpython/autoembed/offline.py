@@ -11,6 +11,7 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DEACTIVATE_ASYNC_LOAD": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",  # of other packages' devices, which EMBEDDING_DEVICE cannot name
     # Threads that wait for each other by spinning take the cores from the server's other backends, and from one
     # another where several encode.
     "OMP_WAIT_POLICY": "PASSIVE",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import install, manifest, models, settings
+from autoembed import install, manifest, memory, models, settings
 from autoembed.errors import (
     AutoembedError,
     BrokenModel,
@@ -240,3 +241,21 @@ def test_every_error_of_finding_is_ours(own_shelf: Settings) -> None:
     for name in ("x", "x/y", "", "raw"):
         with pytest.raises(AutoembedError):
             models.find(own_shelf, name)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_while_libraries_are_imported(collecting: bool) -> None:
+    """And what the session's other code had chosen holds again, also after an error."""
+
+    @memory.uncollected()
+    def load() -> None:
+        assert not gc.isenabled()
+        raise KeyError
+
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(KeyError):
+            load()
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
