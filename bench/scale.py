@@ -77,7 +77,8 @@ class Claims:
 
     def frontier(self) -> str | None:
         """The key behind which the next call begins."""
-        key: str | None = value(self.connection, "select autoembed.frontier(%s::autoembed.shape)::text", self.shape)
+        query = "select key::text from autoembed.frontier(%s::autoembed.shape)"
+        key: str | None = value(self.connection, query, self.shape)
         return key
 
     def look(self) -> float:

@@ -26,9 +26,11 @@ try_torch() {
 
 # The local version (+cpu) makes sure that no index, whichever answers, brings the CUDA build unasked.
 install_torch() {
+    local first second
     if [ "$TORCH_VERSION" != system ]; then
-        try_torch "$1" && return
-        try_torch "$1" --index-url "$TORCH_INDEX" && return
+        first=$(try_torch "$1" 2>&1) && return
+        second=$(try_torch "$1" --index-url "$TORCH_INDEX" 2>&1) && return
+        printf '%s\n' "$first" "$second" >&2  # what one index lacks is no news where the other has it
         say "no torch $TORCH_VERSION for Python $(python_version) in pip's index or $TORCH_INDEX: the system's instead"
     fi
     get_system_torch

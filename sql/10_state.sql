@@ -69,7 +69,8 @@ create index on autoembed.truncation (registration, key_hash);
 create table autoembed.frontier (
     registration bigint primary key references autoembed.registration on delete cascade,
     key jsonb not null,
-    beyond text not null
+    beyond text not null,
+    held boolean not null  -- the stretch is of rows that are held back; else of rows that were filled
 );
 
 -- What a worker has in flight between its two transactions. The twin is unlogged, so crash recovery empties it:

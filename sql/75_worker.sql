@@ -17,7 +17,7 @@ language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
 declare
-    after pg_catalog.jsonb := autoembed.frontier(s);
+    after pg_catalog.jsonb := (select f.key from autoembed.frontier(s) f);
     rows pg_catalog.text;
     due pg_catalog.bool;
 begin

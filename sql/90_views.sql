@@ -127,11 +127,10 @@ $$;
 create function autoembed.known_rows(relation oid) returns bigint
 language sql volatile
 begin atomic
-    select case when e.rows > 0 or not exists (
-        select from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
-        join pg_catalog.pg_class c on c.oid = l.oid
-        where c.reltuples < 0 and pg_relation_size(c.oid) > 0) then e.rows end
-    from (select autoembed.row_estimate(relation) as rows) e;
+    select case when bool_and(c.reltuples >= 0 or pg_stat_get_live_tuples(c.oid) > 0 or pg_relation_size(c.oid) = 0)
+                then autoembed.row_estimate(relation) end
+    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
+    join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p';
 end;
 
 create function autoembed.known_pending(relation oid, target smallint) returns bigint

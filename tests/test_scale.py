@@ -174,6 +174,17 @@ def test_calls_that_are_cut_short_come_round_to_each_row(db: Connection) -> None
     assert pending(db) == HELD - 2
 
 
+def test_a_call_cut_short_behind_held_rows_goes_on_there(db: Connection) -> None:
+    """To walk a long stretch again for each of them would take the time that they have."""
+    declare(db, HELD)
+    fail_all(db)
+    fill(db)
+    add(db, HELD + 1, HELD + 6)
+    for done in (2, 4):
+        assert fill(db, batch=2, max_rows=2) == (2, 0, 0)
+        assert frontier(db) == [HELD + done]
+
+
 def test_blank_rows_that_the_index_holds_are_passed_too(db: Connection) -> None:
     declare(db, 0)
     db.execute(f"insert into knowledge select g, repeat(' ', 100) from generate_series(1, {HELD}) g")
@@ -211,6 +222,31 @@ def test_next_call_begins_behind_a_stretch_of_dead_entries_until_a_vacuum(db: Co
     db.execute("vacuum knowledge")
     assert fill(db) == (0, 0, 0)
     assert frontier(db) is None
+
+
+def test_a_call_counts_the_dead_rows_that_it_makes_itself(db: Connection) -> None:
+    """A backend tells its statistics when it is idle; a worker never is."""
+    declare(db, MUCH + 40)
+    update = f"update knowledge set embedding = array_fill(0.05::float4, array[384])::vector where id <= {MUCH}"
+    db.execute(
+        "create procedure much() language plpgsql as $$ declare n bigint; begin"
+        f" {update}; commit; call embed_pending(32, 'knowledge', null, null, n, n, n); end $$"
+    )
+    db.execute("call much()")
+    assert frontier(db) == [MUCH + 40]
+
+
+def test_partitions_dead_rows_count_together(db: Connection) -> None:
+    db.execute(
+        "create table knowledge (id bigint primary key, content text, embedding vector(384)) partition by range (id)"
+    )
+    for part, (first, last) in enumerate(((0, MUCH // 2), (MUCH // 2, MUCH * 2))):
+        db.execute(f"create table part{part} partition of knowledge for values from ({first}) to ({last})")
+    db.execute("select embed_column('knowledge', 'content'::name)")
+    add(db, 1, MUCH + 4)
+    fill_by_sql(db, f"id <= {MUCH}")
+    assert fill(db) == (4, 0, 0)
+    assert frontier(db) == [MUCH + 4]
 
 
 def test_first_rows_take_turns_with_those_behind_a_frontier(db: Connection) -> None:

@@ -28,6 +28,7 @@ struct attention
 #define NAMED(name, suffix) CONCAT(name, suffix)
 #define INLINE static inline __attribute__((always_inline))
 #define MOST_LANES 16
+#define PADDING -1e30f		/* the score of a key that there is not: finite, or it would be NaN */
 #define MOST_QUERIES 6
 
 /* what the widest processor computes at once: the rest is there, but counts for nothing */
@@ -44,10 +45,17 @@ distances(long longest)
 	return 2 * longest - 1 + MOST_LANES;
 }
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define HAS_SHUFFLE
+#endif
+#endif
+
 /* rows of `size` floats to columns; where there are no more rows the last one again */
 static void
 transpose(const float *from, long apart, long rows, long size, float *to, long stride)
 {
+#ifdef HAS_SHUFFLE
 	typedef float four __attribute__((vector_size(4 * sizeof(float))));
 
 	for (long row = 0; row < stride; row += 4)
@@ -72,6 +80,11 @@ transpose(const float *from, long apart, long rows, long size, float *to, long s
 			for (int r = 0; r < 4; r++)
 				memcpy(to + (i + r) * stride + row, &out[r], sizeof(four));
 		}
+#else							/* gcc before 12 */
+	for (long row = 0; row < stride; row++)
+		for (long i = 0; i < size; i++)
+			to[i * stride + row] = from[(row < rows ? row : rows - 1) * apart + i];
+#endif
 }
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__gnu_linux__)
@@ -123,7 +136,7 @@ autoembed_attention(const struct attention *a, long texts, long longest, long he
 		float	   *scratch = a->scratch + omp_get_thread_num() * piece;
 
 #pragma omp for schedule(dynamic, 1)
-		for (long work = texts * heads - 1; work >= 0; work--)	/* long texts first */
+		for (long work = texts * heads - 1; work >= 0; work--)	/* the last texts are the longest: batches are sorted */
 			look(a, work / heads, longest, work % heads, heads, size, scale, scratch);
 	}
 	return 0;

@@ -141,7 +141,7 @@ look(const struct attention *a, long text, long longest, long head, long heads, 
 			long		row = from + q < length ? from + q : length - 1;
 
 			for (long k = length; k < stride; k++)
-				rows[q][k] = -INFINITY;
+				rows[q][k] = PADDING;
 			weights[q] = softmax(rows[q], a->biases ? a->biases + head * distances(longest) + longest - 1 - row : 0, stride);
 		}
 		product(looks, values, size, length, seen, weights, size);

@@ -262,8 +262,11 @@ def _server(process: Path) -> Check:
     text = f"server in {(process / 'cwd').readlink()}"
     if "/autoembed_preload.so" not in libraries:
         return Check("PostgreSQL", INFO, f"{text}: preloads no models")
-    for error in _missing(_environment(process)):
-        return Check("PostgreSQL", WRONG, f"{text}: EMBEDDING_PRELOAD of its environment: {error}", error.hint or "")
+    if missing := _missing(_environment(process)):
+        errors = "; ".join(map(str, missing))
+        return Check(
+            "PostgreSQL", WRONG, f"{text}: EMBEDDING_PRELOAD of its environment: {errors}", missing[0].hint or ""
+        )
     if "/libtorch" not in libraries:
         advice = "Its log says why. EMBEDDING_PRELOAD in its environment names the models."
         return Check("PostgreSQL", WARNING, f"{text}: has autoembed_preload, but no model is preloaded", advice)

@@ -53,6 +53,14 @@ class Candidates:
 
 
 @dataclass(frozen=True)
+class Frontier:
+    """Where a call begins: behind a long stretch of rows that are `held` back, or else of rows that were filled."""
+
+    key: str
+    held: bool
+
+
+@dataclass(frozen=True)
 class Claim:
     """Rows that are this session's until they are released: keys, texts and the texts' hashes, in one order."""
 
@@ -93,7 +101,7 @@ class Database(Protocol):
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None: ...
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None: ...
-    def frontier(self, column: Column) -> str | None: ...
+    def frontier(self, column: Column) -> Frontier | None: ...
     def set_frontier(self, column: Column, key: str | None, last: str | None) -> None: ...
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None: ...
     def complete(
@@ -153,6 +161,7 @@ class Filler:
     batch: int
     progress: Callable[[Column, Totals], None]
     frontier: str | None = None
+    """The key behind the last long stretch of rows that are held back."""
     last: str | None = None
     """The key of the last row, as the first pass that came to the end saw it."""
 
@@ -161,16 +170,17 @@ class Filler:
         self.database.recover(self.column)
         self.database.commit()
         self.fill_suspects()
-        known = self.frontier = self.again(partial(self.database.frontier, self.column))
+        known = self.again(partial(self.database.frontier, self.column))
         if known is not None:
-            self.fill_once(known)
+            self.frontier = known.key if known.held else None
+            self.fill_once(known.key)
         for turn in range(PASSES):
             before = self.totals.embedded
             missed = self.fill_once()
             idle = turn > 0 and self.totals.embedded == before
             if not missed or idle or not self.limits.room(self.totals, 1):
                 break
-        if self.frontier != known or self.last is not None:
+        if known is not None or self.frontier is not None or self.last is not None:
             self.again(partial(self.database.set_frontier, self.column, self.frontier, self.last))
         self.database.tidy(self.column)
         self.database.commit()
@@ -188,11 +198,12 @@ class Filler:
         """One pass up to the last key; how many rows it saw and left to others or to the next pass.
 
         Behind the last long stretch of rows that it could not embed, the next call begins; or where the limits ended
-        this one, if that was behind such a stretch or it embedded nothing. So calls that are always cut short come to
-        each row: the first rows take turns with those behind a stretch.
+        this one, if it knew of such a stretch or embedded nothing: so calls that are always cut short come to each row.
+        Behind a stretch of filled rows only new ones are sooner found: a call cut short there is followed by one from
+        the first row on.
         """
         missed = barren = 0
-        start = frontier = after
+        start, frontier = after, self.frontier if after is not None else None
         before = self.totals.embedded
         while room := self.limits.room(self.totals, self.batch):
             found = self.again(partial(self.database.candidates, self.column, after, room))
@@ -207,8 +218,8 @@ class Filler:
             barren = 0 if self.totals.embedded > embedded else barren + found.passed
             if barren >= BARREN:
                 frontier = after
-        if after != start:
-            self.frontier = after if frontier != start or self.totals.embedded == before else None
+        if after != start and (frontier or self.frontier or self.totals.embedded == before):
+            self.frontier = after
         return missed
 
     def fill_batch(self, found: Candidates, alone: bool) -> int:

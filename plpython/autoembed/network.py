@@ -263,10 +263,15 @@ class Attention:
         threads = torch.get_num_threads()
         longs = [ctypes.c_long(each) for each in (len(bounds) - 1, longest, self.shape.heads, self.shape.head)]
         scratch = self.space.take("scratch", threads, library.autoembed_attention_scratch(longs[1], longs[3]), FLOAT)
-        wide = joined.float()
-        seen = out if out.dtype == FLOAT else torch.empty_like(out, dtype=FLOAT)
+        wide = (
+            joined
+            if joined.dtype == FLOAT
+            else self.space.take("wide", len(joined), joined.shape[1], FLOAT).copy_(joined)
+        )
+        seen = out if out.dtype == FLOAT else self.space.take("seen", len(out), out.shape[1], FLOAT)
         what = pointers(wide, seen, bounds, biases, scratch)
-        library.autoembed_attention(what, *longs, ctypes.c_float(self.scale), ctypes.c_int(threads))
+        if library.autoembed_attention(what, *longs, ctypes.c_float(self.scale), ctypes.c_int(threads)) < 0:
+            raise RuntimeError("attention does not take heads of this size")
         return out if seen is out else out.copy_(seen)
 
     def by_torch(self, packed: Packed, biases: Tensor | None, joined: Tensor, out: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from . import API_VERSION, batching, models, page, preload, settings
 from .cache import Cache
 from .encoder import Encoder
 from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
-from .fill import Candidates, Claim, Column, Filler, Limits, Round, Totals
+from .fill import Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
 from .vectors import to_text
 from .worker import LONGEST, SHORTEST, Worker, sleep
 
@@ -579,9 +579,9 @@ class SessionDatabase:
         )
         return None if row is None else Candidates([row["key"]], row["locks"], row["key"], 1, row["inflight"])
 
-    def frontier(self, column: Column) -> str | None:
-        key: str | None = self.value("select autoembed.frontier($1::autoembed.shape)", ["text"], [column.shape])
-        return key
+    def frontier(self, column: Column) -> Frontier | None:
+        row = self.row("select * from autoembed.frontier($1::autoembed.shape)", ["text"], [column.shape])
+        return None if row is None else Frontier(**row)
 
     def set_frontier(self, column: Column, key: str | None, last: str | None) -> None:
         self.execute(

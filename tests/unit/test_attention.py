@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from autoembed import kernels, network
+from autoembed.cpu import flags as cpu_flags
 from autoembed.network import Attention, Packed, Shape, Workspace
 
 SOURCE = Path(network.__file__).with_name("attention.c")
 # What the compiled code is told of the processor: its flags are compared by a letter that only avx512f has there.
 PROCESSORS = {"avx512": None, "avx2": "(name[3] != '5')", "any": "0"}
+FLAGS = {"avx512": {"avx512f"}, "avx2": {"avx2", "fma"}, "any": set()}
 LENGTHS = [1, 2, 5, 6, 7, 15, 16, 17, 31, 64, 65, 145, 300]
 
 Make = Callable[..., Attention]
@@ -25,6 +27,8 @@ Make = Callable[..., Attention]
 @pytest.fixture(scope="module", params=PROCESSORS)
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     told = PROCESSORS[request.param]
+    if not FLAGS[request.param] <= cpu_flags():
+        pytest.skip(f"this processor has no {request.param}")
     if told is None:
         whole = kernels.library()
         assert whole is not None
