@@ -123,6 +123,18 @@ begin atomic
     limit 1;
 end;
 
+-- For all that needs to tell rows apart. Where the key is gone there is no shape, and what is made of none is no sql.
+create function autoembed.check_key(relation oid) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    if autoembed.key_index(relation) is null then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('relation %s has lost its primary key: its rows cannot be told apart', relation::regclass),
+            hint = 'Add a primary key, or a unique key without nulls, then call embed_column(…, if_not_exists => true).';
+    end if;
+end
+$$;
+
 -- the operator that a btree family uses for equality (3) or greater than (5), safe under any search_path
 create function autoembed.operator_of(family oid, type oid, strategy integer) returns text
 language sql stable
@@ -270,7 +282,13 @@ begin
     if found_id is null then
         raise exception using errcode = 'undefined_object',
             message = format('column %I of relation %s is not declared for embedding', target, relation),
-            hint = 'Declare it with embed_column(relation, source, target); the view embedding_columns lists what is declared.';
+            hint = coalesce(
+                'Declared there: ' || (
+                    select string_agg(quote_ident(a.attname), ', ' order by a.attname)
+                    from autoembed.registration r
+                    join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target and not a.attisdropped
+                    where r.relation = find.relation) || '. Name it with target => ….',
+                'Declare it with embed_column(relation, source, target); the view embedding_columns lists what is declared.');
     end if;
     return found_id;
 end

@@ -103,6 +103,8 @@ declare
     sources smallint[];
     target_number smallint;
     id bigint;
+    declared name[];
+    whole boolean;
 begin
     if relation is null or source is null or cardinality(source) = 0 or array_position(source, null) is not null or target is null then
         raise exception using errcode = 'null_value_not_allowed',
@@ -115,13 +117,19 @@ begin
     perform autoembed.check_relation(relation);
     -- against a second declaration at the same time, and against writers that would miss the new triggers
     execute format('lock table %s in share row exclusive mode', relation);
-    select g.id into id
+    select g.id, autoembed.column_names(g.relation, g.sources), autoembed.has_pending_index(g.relation, g.target)
+    into id, declared, whole
     from autoembed.registration g join pg_attribute a on a.attrelid = g.relation and a.attnum = g.target
     where g.relation = embed_column.relation and a.attname = embed_column.target;
     if id is not null then
         if if_not_exists then
             perform autoembed.install(id);
-            raise notice using message = format('column %I of %s is declared already, nothing changed', target, relation);
+            if declared <> source then
+                raise warning using message = format('column %I of %s stays declared for other source columns: %s', target, relation, array_to_string(declared, ', ')),
+                    hint = 'To change them: embed_column_drop, embed_column, and set the vectors to null.';
+            end if;
+            raise notice using message = format('column %I of %s is declared already, %s', target, relation,
+                case when whole then 'nothing changed' else 'its pending index was made anew' end);
             return;
         end if;
         raise exception using errcode = 'duplicate_object',

@@ -47,6 +47,7 @@ begin
                 message = format('relation %s has no column declared for embedding', relation::regclass),
                 hint = 'Declare one with embed_column(relation, source, target).';
         end if;
+        perform autoembed.check_key(relation);
     end if;
     for r in
         select g.id

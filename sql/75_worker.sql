@@ -126,6 +126,7 @@ begin
     if not exists (select from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation) then
         perform autoembed.columns(relation);  -- says so
     end if;
+    perform autoembed.check_key(relation);
     pending := false;
     failed := 0;
     for number in select r.id from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation loop

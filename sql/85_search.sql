@@ -16,6 +16,7 @@ begin
             message = format('m = %s with ef_construction = %s is not possible', m, ef_construction),
             hint = 'm is 2 to 100; ef_construction is at least 2 * m and at most 1000.';
     end if;
+    perform autoembed.check_key(relation);
     select i.indexrelid::regclass into existing
     from pg_index i
     join pg_class c on c.oid = i.indexrelid
@@ -160,6 +161,7 @@ begin
     elsif query is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'the query is null';
     end if;
+    perform autoembed.check_key(relation);
     perform autoembed.check_model(s);
     question := @extschema@.embed(query, s.model, 'query')::pg_catalog.text;
     former := autoembed.widen_search(k, filter is not null);

@@ -28,7 +28,7 @@ create function autoembed.why_left(relation oid) returns text
 language sql volatile
 begin atomic
     select string_agg(concat_ws(' ', c.target, case
-               when c.status = 'paused' then 'is paused'
+               when c.status = 'paused' then 'is paused (embed_column_set with enabled => true goes on)'
                when c.status <> 'ready' then format('is not filled (%s)', c.status)
                when l.untried then 'has rows that were not tried yet'
                else format(case l.waiting when 1 then 'has %s row that failed and is tried again, in %s s'

@@ -127,6 +127,8 @@ language sql stable
 begin atomic
     select case when failed then 'cron.job_run_details has what it said; embed_schedule() makes the job anew.'
                 when autoembed.has_cron() then 'embed_schedule() makes a job for each owner; or keep CALL embed_worker() running.'
+                when autoembed.cron_setting('database_name') = current_database()
+                    then 'CREATE EXTENSION pg_cron, then call embed_schedule(); or keep CALL embed_worker() running.'
                 when autoembed.cron_setting('database_name') is not null
                     then 'pg_cron keeps its jobs in another database, where nobody looks from here: if there is one, embedding_throughput shows it at work.'
                 else 'pg_cron is not in this server: install it and call embed_schedule(), or keep CALL embed_worker() running.' end;

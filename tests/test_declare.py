@@ -319,12 +319,57 @@ def test_declared_twice(warm: Connection) -> None:
     assert len(declared(warm)) == 1
 
 
+def test_declaring_again_with_other_sources_says_that_they_stay(warm: Connection) -> None:
+    warm.execute(DOCS)
+    warm.execute(DECLARE)
+    with notices(warm) as heard:
+        warm.execute(
+            "select embed_column('docs', array['note', 'content'], model => 'tiny-mpnet', if_not_exists => true)"
+        )
+    assert (heard[0].severity, said(warm, heard[0].message)) == (
+        "WARNING",
+        "column embedding of docs stays declared for other source columns: content",
+    )
+    assert declared(warm)[0][1] == ["content"]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "select embed_search('docs', 'a question')",
+        "select embed_index('docs')",
+        "call embed_wait('docs', '0')",
+        "call embed_pending(32, 'docs')",
+    ],
+)
+def test_without_its_key_a_relation_is_refused_in_words(warm: Connection, statement: str) -> None:
+    warm.execute(DOCS)
+    warm.execute(DECLARE)
+    warm.execute("insert into docs values (1, 'a text')")
+    warm.execute("alter table docs drop constraint docs_pkey")
+    error = refusal(warm, statement)
+    assert (error.sqlstate, said(warm, error.diag.message_primary)) == (
+        "55000",
+        "relation docs has lost its primary key: its rows cannot be told apart",
+    )
+    assert "Add a primary key" in str(error.diag.message_hint)
+
+
+def test_a_target_of_another_name_is_named_in_the_hint(warm: Connection) -> None:
+    warm.execute('create table docs (id bigint primary key, content text, "The Vec" vector(32))')
+    warm.execute("select embed_column('docs', 'content', 'The Vec', model => 'tiny-mpnet')")
+    error = refusal(warm, "select embed_search('docs', 'a question')")
+    assert error.diag.message_hint == 'Declared there: "The Vec". Name it with target => ….'
+
+
 def test_declaring_again_mends_a_lost_index(warm: Connection) -> None:
     warm.execute(DOCS)
     warm.execute(DECLARE)
     warm.execute("drop index docs_embedding_pending")
     assert declared(warm)[0][-1] == "no pending index: call embed_column with if_not_exists => true"
-    warm.execute("select embed_column('docs', 'content', model => 'tiny-mpnet', if_not_exists => true)")
+    with notices(warm) as heard:
+        warm.execute("select embed_column('docs', 'content', model => 'tiny-mpnet', if_not_exists => true)")
+    assert str(heard[0].message).endswith("is declared already, its pending index was made anew")
     assert declared(warm)[0][-1] == "ready"
 
 

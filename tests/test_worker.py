@@ -409,12 +409,13 @@ def test_wait_says_what_is_left_and_why(db: Connection, declared: Knowledge, rig
     db.execute("update knowledge set content = 'a raiseword, too' where content = ''")
     assert re.fullmatch("embedding has 2 rows that failed and are tried again, the next in (29|30) s", complaint())
     db.execute("select embed_column_set('knowledge', 'embedding', enabled => false)")
-    assert complaint() == "embedding is paused"
+    paused = "embedding is paused (embed_column_set with enabled => true goes on)"
+    assert complaint() == paused
     db.execute("alter table knowledge add other vector(384)")
     db.execute("select embed_column('knowledge', 'content'::name, 'other', model => 'stub-gone')")
     shutil.rmtree(folder)
     missing = "other is not filled (model missing: add it with `autoembed model add`)"
-    assert complaint() == f"embedding is paused; {missing}"
+    assert complaint() == f"{paused}; {missing}"
 
 
 def test_wait_for_less_than_nothing(db: Connection, declared: Knowledge) -> None:

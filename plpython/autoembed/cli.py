@@ -116,6 +116,8 @@ def _tell(added: Added) -> int:
         print(f"  converted: {note}")
     for note in manifest.assumed:
         print(f"  assumed: {note}")
+    if len(names := models.registered(added.folder.parent)) > 1:
+        print(f"  {len(names)} models are there: name one in embed_column and embed, or in EMBEDDING_MODEL_NAME")
     return 0
 
 

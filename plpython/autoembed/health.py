@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autoembed import cpu, device, models, preload, settings
-from autoembed.errors import AutoembedError, MissingPackage
+from autoembed.errors import AutoembedError, MissingPackage, NoDefaultModel
 from autoembed.models import Model
 from autoembed.settings import Settings
 
@@ -66,7 +66,14 @@ def default_model(environ: Mapping[str, str]) -> tuple[Settings | None, Model | 
 
 
 def check_model(environ: Mapping[str, str]) -> Check:
-    model = models.find(settings.read(environ))
+    current = settings.read(environ)
+    try:
+        model = models.find(current)
+    except NoDefaultModel as error:
+        if current.model_name or not any(entry.status == "ready" for entry in models.catalog(current)):
+            raise
+        hint = "Columns keep theirs; who declares or calls embed() names one, or EMBEDDING_MODEL_NAME does."
+        return Check(WARN, str(error), hint)
     unsure = models.look(model)
     if not unsure:
         return Check(OK, f'model "{model.name}": its files are those that were hashed, by size, inode and times')

@@ -29,7 +29,7 @@ WORDED = re.compile(
     "(canceling statement due to |terminating connection|could not serialize access|deadlock detected"
     "|could not obtain lock|out of memory|out of shared memory|could not (extend|write|open|read|fsync) file"
     "|cannot execute |invalid transaction termination|permission denied (for|to fill) |a superuser does not fill "
-    "|relation .* has no column declared for embedding$)"
+    "|relation .* (has no column declared for embedding|has lost its primary key: its rows cannot be told apart)$)"
 )
 """Beginnings of what the server itself and our own SQL say. Not the SQLSTATE: a table's trigger chooses its own."""
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."

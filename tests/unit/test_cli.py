@@ -58,6 +58,8 @@ def test_normalize_and_no_normalize(run: Run, folders: dict[str, Path], tmp_path
     for name, flag in (("yes", "--normalize"), ("no", "--no-normalize")):
         assert run("model", "add", folders["tiny-codebert"], "--name", name, flag, "--dir", tmp_path / "d")[0] == 0
         assert manifest.read(tmp_path / "d" / name).normalizes is (name == "yes")
+    again = run("model", "add", folders["tiny-codebert"], "--name", "no", "--no-normalize", "--dir", tmp_path / "d")[1]
+    assert "2 models are there: name one in embed_column and embed, or in EMBEDDING_MODEL_NAME" in again
 
 
 def test_errors_come_with_hints_and_status_1(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:

@@ -43,6 +43,19 @@ def test_all_is_well_but_for_preloading(environ: dict[str, str]) -> None:
 # --- the model -----------------------------------------------------------------------------------------------------
 
 
+def test_models_of_which_none_is_the_default(environ: dict[str, str]) -> None:
+    """Columns that are declared are filled all the same."""
+    directory = Path(environ["EMBEDDING_MODEL_DIR"])
+    add_stub(directory, "stub-other")
+    assert look(environ).status == WARN
+    assert 'no model was named, and the default model "all-mpnet-base-v2" is not' in look(environ).message
+    assert look(environ | {"EMBEDDING_MODEL_NAME": "gone"}).status == FAIL
+    for folder in directory.iterdir():
+        (folder / "config.json").unlink(missing_ok=True)
+        (folder / "model.safetensors").unlink(missing_ok=True)
+    assert look(environ).status == FAIL
+
+
 def test_weights_of_another_size(environ: dict[str, str]) -> None:
     with weights(environ).open("a") as file:
         file.write("more")
