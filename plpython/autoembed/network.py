@@ -211,10 +211,14 @@ class Embeddings:
         self.padding = shape.padding if shape.architecture in OFFSET else None
 
     def __call__(self, packed: Packed) -> Tensor:
-        tokens = functional.embedding(packed.ids, self.words).float()
-        if self.kind is not None:
-            tokens += self.kind
-        tokens += functional.embedding(self.position_ids(packed), self.positions)
+        """(T, width) in float32. Some rows at a time: what is added to them never stands beside the whole matrix."""
+        tokens = torch.empty(len(packed.ids), self.words.shape[1])
+        matrices = (tokens, packed.ids, self.position_ids(packed))
+        for rows, ids, places in zip(*(torch.split(each, NORMED_AT_ONCE) for each in matrices), strict=True):
+            rows.copy_(functional.embedding(ids, self.words))
+            if self.kind is not None:
+                rows.add_(self.kind)
+            rows.add_(functional.embedding(places, self.positions))
         return self.norm(tokens)
 
     def position_ids(self, packed: Packed) -> Tensor:

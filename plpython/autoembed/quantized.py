@@ -153,10 +153,9 @@ class QuantizedLayer:
 
     def __call__(self, tokens: Tensor, rows: Rows, looks: Look, after: Weight, space: Workspace) -> Rows:
         """tokens (T, width) are changed in place; rows are the same as bytes, made for the product that comes after."""
-        count, kernels = len(tokens), self.kernels
-        joined = kernels.product(rows, self.joined, space)
-        seen = looks(joined, space.take("seen", count, self.output.outputs))
-        rows = kernels.quantize(seen, self.output, space)
+        kernels = self.kernels
+        joined, seen = kernels.product(rows, self.joined, self.output.outputs, space)
+        rows = kernels.quantize(looks(joined, seen), self.output, space)
         rows = kernels.add_norm(rows, self.output, tokens, self.attention_norm, self.up, space)
         rows = kernels.gelu(rows, self.up, self.down, space)
         return kernels.add_norm(rows, self.down, tokens, self.norm, after, space)
@@ -192,36 +191,40 @@ class Kernels:
             raise UnsupportedNetwork("this installation was built without a C compiler, and so without int8")
         self.library = library
 
-    def product(self, rows: Rows, weight: Weight, space: Workspace) -> Tensor:
-        """Floats in the place of the sums that they are made of: good until the next product."""
-        sums, size = self._sums(rows, weight, space)
-        self._call("dequantize", self._product(sums, rows, weight), *size, pointer(sums))
-        return sums.view(torch.float32)
+    def product(self, rows: Rows, weight: Weight, beside: int, space: Workspace) -> tuple[Tensor, Tensor]:
+        """Floats in the place of the sums that they are made of, and room for (T, beside) others next to them.
+
+        Both are good until the next product.
+        """
+        sums, room = self._sums(rows, weight, space, beside)
+        self._call("dequantize", self._product(sums, rows, weight), *sizes(sums), pointer(sums))
+        return sums.view(torch.float32), room.view(torch.float32)
 
     def quantize(self, values: Tensor, after: Weight, space: Workspace) -> Rows:
         """Of a matrix, for the product that comes after; the others below do the same with their own results."""
         rows = self._rows("narrow", values, space)
-        self._call("quantize", pointer(values), *map(ctypes.c_long, values.shape), pointers(*rows, after.places))
+        self._call("quantize", pointer(values), *sizes(values), pointers(*rows, after.places))
         return rows
 
     def gelu(self, rows: Rows, weight: Weight, after: Weight, space: Workspace) -> Rows:
-        sums, size = self._sums(rows, weight, space)
+        sums, _ = self._sums(rows, weight, space)
         wide = self._rows("wide", sums, space)
-        self._call("gelu", self._product(sums, rows, weight), *size, pointers(*wide, after.places))
+        self._call("gelu", self._product(sums, rows, weight), *sizes(sums), pointers(*wide, after.places))
         return wide
 
     def add_norm(self, rows: Rows, weight: Weight, tokens: Tensor, norm: Norm, after: Weight, space: Workspace) -> Rows:
-        sums, size = self._sums(rows, weight, space)
+        sums, _ = self._sums(rows, weight, space)
         normed = self._rows("normed", tokens, space)
         learned = (pointer(norm.weight), pointer(norm.bias), ctypes.c_float(norm.epsilon))
         out = pointers(*normed, after.places)
-        self._call("add_norm", self._product(sums, rows, weight), *size, *learned, pointer(tokens), out)
+        self._call("add_norm", self._product(sums, rows, weight), *sizes(sums), *learned, pointer(tokens), out)
         return normed
 
-    def _sums(self, rows: Rows, weight: Weight, space: Workspace) -> tuple[Tensor, tuple[ctypes.c_long, ...]]:
-        sums = space.take("sums", len(rows.steps), weight.outputs, torch.int32)
+    def _sums(self, rows: Rows, weight: Weight, space: Workspace, beside: int = 0) -> list[Tensor]:
+        """In the place of the last product's, and room for (T, beside)."""
+        sums, room = space.split("sums", len(rows.steps), weight.outputs, beside, dtype=torch.int32)
         torch._int_mm(rows.steps, weight.steps.t(), out=sums)
-        return sums, tuple(map(ctypes.c_long, sums.shape))
+        return [sums, room]
 
     def _product(self, sums: Tensor, rows: Rows, weight: Weight) -> ctypes.Array[ctypes.c_void_p]:
         return pointers(sums, *rows[1:], *weight[1:5])
@@ -235,3 +238,7 @@ class Kernels:
         threads = ctypes.c_int(torch.get_num_threads())
         if getattr(self.library, f"autoembed_{name}")(*arguments, threads) < 0:
             raise RuntimeError(f"int8 {name} does not take rows of this length")
+
+
+def sizes(matrix: Tensor) -> tuple[ctypes.c_long, ...]:
+    return tuple(map(ctypes.c_long, matrix.shape))
