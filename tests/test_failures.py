@@ -299,13 +299,14 @@ def test_max_rows_counts_failures(db: Connection, declared: Knowledge) -> None:
 # --- another transaction in the way ----------------------------------------------------------------------------
 
 
-def test_serialization_failure_is_tried_again(db: Connection, declared: Knowledge) -> None:
+@pytest.mark.parametrize("state", ["40001", "53200"])
+def test_failure_that_passes_is_tried_again(db: Connection, declared: Knowledge, state: str) -> None:
     declared(texts=texts(20))
     db.execute("create sequence tries")
     db.execute(
-        """create function lose() returns trigger language plpgsql as $$
+        f"""create function lose() returns trigger language plpgsql as $$
            begin
-               if nextval('tries') in (1, 5, 9) then raise exception 'lost' using errcode = '40001'; end if;
+               if nextval('tries') in (1, 5, 9) then raise exception 'lost' using errcode = '{state}'; end if;
                return new;
            end $$"""
     )

@@ -78,6 +78,22 @@ def test_batch_that_does_not_fit_is_halved(db: Connection, knowledge: Knowledge,
     assert leftovers(db) == {}
 
 
+def test_batch_that_leaves_the_server_itself_no_memory_is_halved(
+    db: Connection, knowledge: Knowledge, rig: Rig
+) -> None:
+    """The look for a cancel, amid a pass, fails as the server's own error or as Python's: both mean the pass."""
+    knowledge(texts=["warm"])
+    db.execute("select embed_column('knowledge', 'content'::name, model => 'stub-384')")
+    assert fill(db) == (1, 0, 0)
+    db.execute("insert into knowledge (content) select 'hoardword ' || n from generate_series(1, 8) n")
+    limit_memory(db, LEEWAY)
+    rig.reset()
+    assert fill(db) == (8, 0, 0)
+    sizes = [texts for _, texts in rig.encodings()]
+    assert sizes[0] == 8 > sizes[-1]
+    assert leftovers(db) == {}
+
+
 def test_text_that_does_not_fit_alone_fails_and_the_others_do_not(
     db: Connection, knowledge: Knowledge, rig: Rig, hungry: str
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import TYPE_CHECKING, TypeVar
 
 from autoembed import vectors
@@ -25,7 +26,8 @@ LEAST_MICRO_BATCH_WORK = 512 * 200_000_000
 # Characters that are tokenized without a look at interrupts: some tenths of a second.
 TOKENIZED_AT_ONCE = 250_000
 PLAIN_WORD = "word"
-MEMORY_WORDS = ("out of memory", "allocate memory")
+MEMORY_WORDS = ("out of memory", "allocate memory", "could not create a primitive")
+"""PyTorch's and CUDA's, and all that oneDNN says when it gets no memory."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ def encode_all(
     """A vector or a failure for each text, in order.
 
     `checkpoint` runs before every micro-batch and, where the encoder can be interrupted, within it. What it raises
-    passes untouched: a cancel is no text's fault.
+    passes untouched, MemoryError excepted: a cancel is no text's fault.
     """
     batch = _Batch(encoder, texts, prompt, checkpoint, token_budget or encoder.token_budget)
     batch.run()
@@ -109,9 +111,14 @@ class _Batch:
             del waiting[:size]
 
     def checkpoint(self) -> None:
-        """Remembers what was raised, so that no handler below mistakes it for an encoder's error."""
+        """Remembers what was raised, so that no handler below mistakes it for an encoder's error.
+
+        Memory is what the encoder has taken: to run out of it here is as good as there.
+        """
         try:
             self.asked()
+        except MemoryError:
+            raise
         except BaseException as interrupt:
             self.interrupt = interrupt
             raise
@@ -170,12 +177,13 @@ class _Batch:
         rested: set[int] = set()
         while stack:
             part = stack.pop()
-            self.checkpoint()
             try:
+                self.checkpoint()
                 done = work(part)
             except BaseException as error:
                 if error is self.interrupt or not _is_fault(error):
                     raise
+                clear_frames(error.__traceback__)  # which hold the pass's matrices; the next one needs their place
                 failed = error
             else:
                 yield done
@@ -195,8 +203,8 @@ class _Batch:
 
     def _failure(self, error: BaseException) -> Failure:
         """The text's failure, once a plain word shows that the encoder itself still works."""
-        self.checkpoint()
         try:
+            self.checkpoint()
             self.encoder.encode(self.encoder.tokenize([PLAIN_WORD]), self.checkpoint)
         except BaseException as broken:
             if broken is self.interrupt or not _is_fault(broken):
@@ -216,4 +224,4 @@ def _is_fault(error: BaseException) -> bool:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_WORDS)
+    return isinstance(error, RuntimeError | OSError) and any(words in str(error).lower() for words in MEMORY_WORDS)

@@ -18,7 +18,8 @@ from .vectors import to_text
 
 WRITE_FAILURES = ("23", "P0001", "42501")
 """SQLSTATEs, or their classes, of a write that a row's own constraint, trigger or policy refused."""
-TRY_AGAIN = ("40001", "40P01", "55P03")
+OUT_OF_MEMORY = "53200"
+TRY_AGAIN = ("40001", "40P01", "55P03", OUT_OF_MEMORY)
 ATTEMPTS = 5
 PASSES = 3
 """At most: rows that were changed or locked meanwhile get another chance, a busy table does not hold the call."""
@@ -164,11 +165,12 @@ class Filler:
     """The key behind the last long stretch of rows that are held back."""
     last: str | None = None
     """The key of the last row, as the first pass that came to the end saw it."""
+    loaded: Encoder | None = None
+    """The encoder, once a row has needed it."""
 
     def run(self) -> None:
         """Suspects first, alone; then all that is pending, in key order; again for rows that were taken or changed."""
-        self.database.recover(self.column)
-        self.database.commit()
+        self.again(partial(self.database.recover, self.column))
         self.fill_suspects()
         known = self.again(partial(self.database.frontier, self.column))
         if known is not None:
@@ -182,8 +184,7 @@ class Filler:
                 break
         if known is not None or self.frontier is not None or self.last is not None:
             self.again(partial(self.database.set_frontier, self.column, self.frontier, self.last))
-        self.database.tidy(self.column)
-        self.database.commit()
+        self.again(partial(self.database.tidy, self.column))
 
     def fill_suspects(self) -> None:
         after: str | None = None
@@ -224,9 +225,9 @@ class Filler:
 
     def fill_batch(self, found: Candidates, alone: bool) -> int:
         """Claim, encode, write, release; how many of the rows are for later. Locks never outlive it."""
-        encoder = self.encoder()  # before the claim: a model that cannot be loaded holds nobody's rows
+        self.loaded = self.encoder()  # before the claim: a model that cannot be loaded holds nobody's rows
         try:
-            return self.fly(found, encoder, alone)
+            return self.fly(found, self.loaded, alone)
         except BaseException:
             self.abandon(found)
             raise
@@ -255,9 +256,18 @@ class Filler:
         )
 
     def checkpoint(self) -> None:
-        """Python does not see a cancel by itself; the commit gives the snapshot back."""
-        self.database.check_interrupts()
-        self.database.commit()
+        """Python does not see a cancel by itself; the commit gives the snapshot back.
+
+        The few bytes that the server does not get here are what the pass has taken.
+        """
+        try:
+            self.database.check_interrupts()
+            self.database.commit()
+        except self.database.error as error:
+            if self.database.sqlstate(error) != OUT_OF_MEMORY:
+                raise
+            self.database.rollback()
+            raise MemoryError from None
 
     def write(
         self,
@@ -341,6 +351,8 @@ class Filler:
     def again(self, transaction: Callable[[], T], locks: Sequence[int] = ()) -> T:
         """Run and commit; once more where another transaction was in the way (40001, 40P01, 55P03).
 
+        Or where the server has no memory left: what the encoder keeps between two batches is given back first.
+
         `locks` are what a failed try may have taken: session locks outlive its rollback, and are counted.
         """
         for attempt in range(1, ATTEMPTS + 1):
@@ -349,9 +361,12 @@ class Filler:
                 self.database.commit()
                 return outcome
             except self.database.error as error:
-                if self.database.sqlstate(error) not in TRY_AGAIN or attempt == ATTEMPTS:
+                state = self.database.sqlstate(error)
+                if state not in TRY_AGAIN or attempt == ATTEMPTS:
                     raise
                 self.database.rollback()
+                if state == OUT_OF_MEMORY and self.loaded is not None:
+                    self.loaded.rest()
                 if locks:
                     self.database.release(list(locks))
                     self.database.commit()
@@ -374,7 +389,7 @@ class Filler:
         totals.skipped += len(claim.keys) - len(result.written) - len(result.failed)
         totals.tokens += result.tokens
         totals.truncated += len(result.truncated)
-        self.progress(self.column, totals)
+        self.again(partial(self.progress, self.column, totals))
 
     def let_go(self, found: Candidates) -> None:
         self.database.release(found.locks)

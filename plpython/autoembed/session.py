@@ -16,7 +16,7 @@ from . import API_VERSION, batching, models, page, preload, settings
 from .cache import Cache
 from .encoder import Encoder
 from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
-from .fill import Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
+from .fill import OUT_OF_MEMORY, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
 from .vectors import to_text
 from .worker import LONGEST, SHORTEST, Worker, sleep
 
@@ -105,7 +105,7 @@ class Session:
             return [None] * len(contents)
         encoder = self.encoder(model)
         outcomes = batching.encode_all(
-            encoder, texts, prompt=self.prompt(encoder, prompt), checkpoint=self.database.check_interrupts
+            encoder, texts, prompt=self.prompt(encoder, prompt), checkpoint=self.database.check_encoding
         )
         places = [place for place, text in enumerate(contents, 1) if text is not None]
         vectors = iter([self.vector(outcome, place) for place, outcome in zip(places, outcomes, strict=True)])
@@ -113,7 +113,7 @@ class Session:
 
     def vector(self, outcome: batching.Vector | batching.Failure, place: int) -> str:
         if isinstance(outcome, batching.Failure):
-            state = "53200" if outcome.kind == "memory" else "38000"
+            state = OUT_OF_MEMORY if outcome.kind == "memory" else "38000"
             self.fail(f"text {place} could not be embedded: {outcome.message}", state, None)
         return to_text(outcome.values)
 
@@ -175,6 +175,12 @@ class Session:
     def fill_columns(self, batch: int, oid: int | None, totals: Totals, limits: Limits) -> None:
         columns = self.database.columns(oid)
         self.database.commit()
+        if not columns:
+            whose = "your own" if oid is None else "this relation"
+            self.plpy.notice(
+                f"nothing to fill: no column of {whose} is declared for embedding and enabled",
+                hint="embedding_columns shows what is declared, and for which relations.",
+            )
         report = Progress(self.plpy, self.database)
         trouble: list[tuple[Column, AutoembedError]] = []
         for column in columns:
@@ -396,7 +402,7 @@ class Session:
             encoder,
             [row["content"] for row in rows],
             prompt=encoder.model.prompts["document"],
-            checkpoint=self.database.check_interrupts,
+            checkpoint=self.database.check_encoding,
         )
         good = [
             (row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)
@@ -491,9 +497,8 @@ class Progress:
         seconds = time.monotonic() - self.started
         if seconds < self.due:
             return
-        self.due = seconds + NOTICE_EVERY
+        self.due = seconds + NOTICE_EVERY  # first: where counting fails, the fill goes on without a notice
         left = int(self.database.value("select autoembed.pending_count($1)", ["int8"], [column.registration]))
-        self.database.commit()
         rate = totals.embedded / seconds
         known = left <= COUNTED
         to_go = str(left) if known else f"more than {COUNTED}"
@@ -669,6 +674,15 @@ class SessionDatabase:
 
     def check_interrupts(self) -> None:
         self.plpy.execute("select 1")
+
+    def check_encoding(self) -> None:
+        """The same amid a pass, without a commit: as in `Filler.checkpoint`."""
+        try:
+            self.check_interrupts()
+        except self.plpy.SPIError as error:
+            if error.sqlstate != OUT_OF_MEMORY:
+                raise
+            raise MemoryError from None
 
     def commit(self) -> None:
         self.plpy.commit()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -98,6 +99,8 @@ def test_a_text_that_the_tokenizer_chokes_on_fails_alone() -> None:
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
         RuntimeError("CUDA out of memory."),
+        RuntimeError("could not create a primitive"),
+        OSError(12, "Cannot allocate memory"),
     ],
 )
 def test_out_of_memory_halves_and_stays_small(error: Exception) -> None:
@@ -109,6 +112,48 @@ def test_out_of_memory_halves_and_stays_small(error: Exception) -> None:
     outcomes = run(encoder, ["x" * 10] * 32)
     assert all(isinstance(outcome, Vector) for outcome in outcomes)
     assert [len(batch) for batch in encoder.batches if len(batch) > 2] == [8, 4, 4]
+
+
+@pytest.mark.parametrize("calls", range(2))
+def test_out_of_memory_at_a_checkpoint_is_the_pass_s(calls: int) -> None:
+    left = calls
+
+    def checkpoint() -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            raise MemoryError
+
+    outcomes = encode_all(FakeEncoder(), ["one", "two", "three"], prompt="", checkpoint=checkpoint)
+    assert all(isinstance(outcome, Vector) for outcome in outcomes)
+    assert left < 0
+
+
+def test_what_failed_is_gone_before_the_next_try() -> None:
+    """A traceback's frames would keep a pass's matrices."""
+
+    class Matrix:
+        pass
+
+    kept: list[ReferenceType[Matrix]] = []
+
+    def fault(texts: Sequence[str]) -> None:
+        assert [each() for each in kept] == [None] * len(kept)
+        matrix = Matrix()
+        kept.append(ref(matrix))
+        if len(texts) > 1:
+            raise MemoryError
+
+    assert all(isinstance(outcome, Vector) for outcome in run(FakeEncoder(fault=fault), ["one", "two"]))
+    assert len(kept) == 3
+
+
+def test_no_memory_at_any_checkpoint_blames_no_text() -> None:
+    def checkpoint() -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemory):
+        encode_all(FakeEncoder(), ["one", "two"], prompt="", checkpoint=checkpoint)
 
 
 def test_out_of_memory_alone_is_that_texts_failure() -> None:

@@ -85,9 +85,13 @@ class Stub:
         limit = self.model.max_tokens
         return [Tokenized(count, min(count, limit), text) for count, text in zip(tokens, whole, strict=True)]
 
-    def encode(self, texts: Sequence[Any], checkpoint: Callable[[], None]) -> Any:  # noqa: ARG002
+    def encode(self, texts: Sequence[Any], checkpoint: Callable[[], None]) -> Any:
         import numpy as np
 
+        if len(texts) > 1 and any("hoardword" in text.content for text in texts):
+            hoarded = hoard()
+            checkpoint()
+            del hoarded
         if "broken" in self.model.name:
             raise ValueError("no text can be encoded")
         contents = [text.content for text in texts]
@@ -117,6 +121,17 @@ class Stub:
 
     def close(self) -> None:
         pass
+
+
+def hoard() -> list[bytearray]:
+    """All the memory that there is."""
+    hoarded, size = [], 1 << 24
+    while size >= 16:
+        try:
+            hoarded.append(bytearray(size))
+        except MemoryError:
+            size //= 2
+    return hoarded
 
 
 class Finder:
