@@ -33,7 +33,7 @@ begin atomic
     bad as (select min(format('%s: %s', l.label, l.status)) as first, count(*) as count
             from looked l where l.status not in ('ready', 'paused'))
     select 'columns', case when b.count > 0 then 'warn' else 'ok' end,
-           case when b.count > 0 then format('%s of %s columns cannot be filled: %s', b.count, n.count, b.first)
+           case when b.count > 0 then format('%s of %s columns not ready: %s', b.count, n.count, b.first)
                 when n.count = 0 then 'no column is declared'
                 else format('%s declared%s', n.count, ', of which paused: ' || nullif(n.paused, 0)) end,
            case when b.count > 0 then 'embedding_columns has them all.' end
@@ -141,6 +141,7 @@ begin atomic
            case when i.idle > 0 then i.first || case when i.idle > 1 then format('; so it is with %s more', i.idle - 1) else '' end
                 when i.owners = 0 then 'no column of the reader''s is declared'
                 when i.working = i.owners then 'a worker or a job fills for each owner'
+                when i.working = 0 then 'no worker and no job is there, but no row is known to wait'
                 else format('a worker or a job fills for %s of %s owners; no row is known to wait for the others', i.working, i.owners) end,
            case when i.idle > 0 then autoembed.schedule_hint(i.failed) end
     from (select count(*) as owners, count(*) filter (where o.works) as working, count(o.trouble) as idle, min(o.trouble) as first,

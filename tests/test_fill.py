@@ -347,6 +347,19 @@ def test_notices_say_how_far_it_is(db: Connection, declared: Knowledge, rig: Rig
     assert "rows/s" in notices[0]
 
 
+def test_a_call_with_no_column_to_fill_says_so(db: Connection, declared: Knowledge) -> None:
+    declared(0)
+    with notices(db) as heard:
+        fill(db)
+        assert heard == []
+        db.execute("select embed_column_set('knowledge', 'embedding', enabled => false)")
+        fill(db)
+        fill(db, relation="knowledge")
+    assert [notice.severity for notice in heard] == ["NOTICE", "NOTICE"]
+    assert "no column of your own is declared for embedding and enabled" in str(heard[0].message)
+    assert "no column of this relation" in str(heard[1].message)
+
+
 # --- the caller's transaction and settings ---------------------------------------------------------------------
 
 

@@ -110,7 +110,7 @@ def test_weights_changed_and_restored(working_rig: Rig, home: Connection) -> Non
         assert "was changed after it was added: model.safetensors" in check(home, "model")[1]
         folder.rename(folder.with_name("elsewhere"))
         assert ill(home) == {"model": "fail", "encoder": "warn", "columns": "warn"}
-        assert "1 of 1 columns cannot be filled: docs.embedding: model missing" in check(home, "columns")[1]
+        assert "1 of 1 columns not ready: docs.embedding: model missing" in check(home, "columns")[1]
     finally:
         folder.with_name("elsewhere").rename(folder)
         (folder / "model.safetensors").write_text("stub-384")

@@ -262,7 +262,8 @@ def _server(process: Path) -> Check:
     text = f"server in {(process / 'cwd').readlink()}"
     if "/autoembed_preload.so" not in libraries:
         return Check("PostgreSQL", INFO, f"{text}: preloads no models")
-    if missing := _missing(_environment(process)):
+    environment = _environment(process)
+    if missing := _missing(environment):
         errors = "; ".join(map(str, missing))
         return Check(
             "PostgreSQL", WRONG, f"{text}: EMBEDDING_PRELOAD of its environment: {errors}", missing[0].hint or ""
@@ -275,4 +276,7 @@ def _server(process: Path) -> Check:
         return Check(
             "PostgreSQL", WARNING, f"{text}: preloads models, but its postmaster has {threads} threads", advice
         )
-    return Check("PostgreSQL", OK, f"{text}: preloads models; the view embedding_settings says which")
+    wanted = ", ".join(preload.names(environment))
+    return Check(
+        "PostgreSQL", OK, f"{text}: preloads models ({wanted}); the view embedding_settings says what came of them"
+    )

@@ -190,5 +190,8 @@ def test_what_a_running_server_was_to_preload(tmp_path: Path, shelf: Settings) -
     (check,) = doctor._servers(tmp_path)
     assert check.status == WRONG
     assert check.text.startswith('server in /data: EMBEDDING_PRELOAD of its environment: model "no-such" is not in')
-    process(tmp_path / "9", 1, maps="/lib/autoembed_preload.so", environ=environ.replace("no-such,", ""))
+    environ = environ.replace("no-such,", "")
+    process(tmp_path / "9", 1, maps="/lib/autoembed_preload.so", environ=environ)
     assert texts(doctor._servers(tmp_path), WARNING).startswith("server in /data: has autoembed_preload, but no model")
+    process(tmp_path / "11", 1, maps="/lib/autoembed_preload.so /lib/libtorch_cpu.so", environ=environ)
+    assert texts(doctor._servers(tmp_path), OK).startswith("server in /data: preloads models (all-MiniLM-L6-v2);")
