@@ -172,6 +172,12 @@ declare
     s autoembed.shape := autoembed.shape_of(registration);
     filled boolean;
 begin
+    -- planning a query over another's table evaluates his index expressions, with the caller's rights
+    if not autoembed.is_own(s.relation) then
+        raise notice using message = format('%s keeps the vectors that it may have already', s.label),
+            hint = format('If they are not of model %s: update %s set %s = null', s.model, s.name, s.target);
+        return;
+    end if;
     execute format('select exists (select from %s t where t.%s is not null)', s.rows, s.target) into filled;
     if filled then
         raise notice using message = format('%s has vectors already: they are kept as they are', s.label),
@@ -241,11 +247,11 @@ declare
     filled pg_catalog.bool;
     cleared pg_catalog.int8;
 begin
+    perform autoembed.authorize(s.relation);  -- first: planning evaluates the owner's index expressions
     execute pg_catalog.format('select exists (select from %s t where t.%s is not null)', s.rows, s.target) into filled;
     if not filled then
         return;
     end if;
-    perform autoembed.authorize(s.relation);
     execute pg_catalog.format('update %s t set %2$s = null where t.%2$s is not null', s.rows, s.target);
     get diagnostics cleared = row_count;
     raise notice using message = pg_catalog.format('%s: %s of the former model cleared, to be computed again', s.label,

@@ -24,7 +24,7 @@ language plpython3u as $$
 if "autoembed 1" not in GD:
     try: plpy.execute("select autoembed.start()")
     except plpy.SPIError as error:
-        if error.sqlstate.startswith("57"): raise
+        if getattr(error, "sqlstate", "").startswith("57"): raise
         return plpy.warning("new rows stay pending: the Python package of pg_autoembed does not load")
 GD["autoembed 1"].embed_rows(int(TD["relid"]), TD["args"][0])
 $$;

@@ -149,7 +149,7 @@ create function embed_search(
     relation regclass, query text, k integer default 10, target name default 'embedding', filter jsonb default null,
     out key jsonb, out distance double precision, out content text)
 returns setof record
-language plpgsql stable parallel restricted rows 10 as $$
+language plpgsql stable parallel unsafe rows 10 as $$
 declare
     s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
     question pg_catalog.text;

@@ -28,7 +28,7 @@ create function autoembed.sessions(
     out pid integer, out model text, out device text, out preloaded boolean, out loaded_at double precision,
     out load_seconds double precision, out texts bigint, out private_bytes bigint, out shared_bytes bigint)
 returns setof record
-language plpython3u volatile parallel restricted as $$
+language plpython3u volatile parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].list_sessions()
 $$;

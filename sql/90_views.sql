@@ -52,6 +52,9 @@ language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off s
 declare
     found pg_catalog.int8;
 begin
+    if s.relation is null then
+        return null;
+    end if;
     execute pg_catalog.format('select pg_catalog.count(*) from (select from %s t where %s order by %s limit 100001) c',
                               s.rows, s.pending, s.ordering) into found;
     return found;

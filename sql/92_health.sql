@@ -21,7 +21,7 @@ end;
 -- model, encoder, torch and preload
 create function autoembed.encoding_health(out check_name text, out status text, out message text, out hint text)
 returns setof record
-language plpython3u volatile parallel restricted as $$
+language plpython3u volatile parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].health()
 $$;

@@ -14,9 +14,9 @@ from psycopg import errors, sql
 from autoembed import install
 from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
-from support.rigging import Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
-from support.server import Connection, Server
-from support.talk import refusal
+from support.rigging import Filling, Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
+from support.server import Connection, Server, wait_until
+from support.talk import notices, refusal
 
 pytest_plugins = ["support.rig"]
 
@@ -158,11 +158,22 @@ def refuse_by_foreign_key(db: Connection, when: str = "") -> None:
         (refuse_by_check, "constraint no_vector"),
         (refuse_by_trigger, "P0001"),
         (lambda db: refuse_by_trigger(db, "23514"), "23514"),
+        (lambda db: refuse_by_trigger(db, "22012"), "22012"),
+        (lambda db: refuse_by_trigger(db, "MY001"), "MY001"),
         (lambda db: refuse_by_trigger(db, deferred=True), "P0001"),
         (refuse_by_foreign_key, "constraint known_topic"),
         (lambda db: refuse_by_foreign_key(db, "deferrable initially deferred"), "constraint known_topic"),
     ],
-    ids=["check", "trigger", "trigger-23", "deferred-trigger", "foreign-key", "deferred-foreign-key"],
+    ids=[
+        "check",
+        "trigger",
+        "trigger-23",
+        "trigger-22",
+        "trigger-own",
+        "deferred-trigger",
+        "foreign-key",
+        "deferred-foreign-key",
+    ],
 )
 def test_table_that_refuses_two_rows(
     db: Connection, declared: Knowledge, refuse: Callable[[Connection], None], words: str
@@ -193,15 +204,60 @@ def test_trigger_that_swallows_the_write_is_no_failure(db: Connection, declared:
     assert leftovers(db) == {}
 
 
-def test_other_errors_of_a_trigger_end_the_call_and_blame_nobody(db: Connection, declared: Knowledge) -> None:
+def test_other_errors_of_a_trigger_end_the_columns_fill_and_blame_nobody(db: Connection, declared: Knowledge) -> None:
+    """The owner's other columns are filled all the same, and by a worker too."""
     declared(texts=texts(32))
-    refuse_by_trigger(db, "22012")
-    with pytest.raises(errors.DivisionByZero) as caught:
+    refuse_by_trigger(db, "42883")
+    db.execute("create table other (id int primary key, content text, embedding vector(384))")
+    db.execute("select embed_column('other', 'content')")
+    db.execute("insert into other values (1, 'one')")
+    with pytest.raises(errors.UndefinedFunction, match=r"public\.knowledge\.embedding was not filled") as caught:
         fill(db)
+    assert pending(db, "other") == 0
+    db.execute("insert into other values (2, 'two')")
+    with notices(db) as heard:
+        db.execute("call embed_worker(max_seconds => 2)")
+    assert [notice.severity for notice in heard] == ["WARNING"]
+    assert "knowledge.embedding is not filled" in str(heard[0].message)
+    assert pending(db, "other") == 0
     shown = [getattr(caught.value.diag, name) for name in dir(caught.value.diag) if not name.startswith("_")]
-    assert SECRET not in str(shown)
+    assert SECRET not in str([*shown, heard])
     assert leftovers(db) == {}
     assert pending(db) == 32
+
+
+def test_column_dropped_while_a_notice_is_due(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:
+    declared(texts=texts(4))
+    rig.pace(1.2)
+    filling = Filling(connect())
+    wait_until(lambda: bool(rig.encodings()))
+    db.execute("select embed_column_drop('knowledge')")
+    assert filling.result == (0, 0, 4)
+    assert leftovers(db) == {}
+
+
+def test_state_of_a_triggers_own_leaves_a_new_row_pending(db: Connection, declared: Knowledge) -> None:
+    declared(texts=texts(2))
+    db.execute("select embed_column_set('knowledge', 'embedding', mode => 'immediate')")
+    refuse_by_trigger(db, "MY001")
+    with notices(db) as heard:
+        db.execute("insert into knowledge (content) values ('three')")
+    assert "new rows stay pending (SQLSTATE MY001)" in str(heard[0].message)
+    assert pending(db) == 3
+
+
+def test_write_of_one_immediate_column_that_inserts_into_another(db: Connection, declared: Knowledge) -> None:
+    declared(texts=texts(1))
+    db.execute("create table copy (id int primary key, content text, embedding vector(384))")
+    db.execute("select embed_column('copy', 'content', mode => 'immediate')")
+    db.execute("select embed_column_set('knowledge', 'embedding', mode => 'immediate')")
+    db.execute(
+        """create function tell() returns trigger language plpgsql as
+           $$begin insert into copy values (new.id, new.content); return null; end$$"""
+    )
+    db.execute("create trigger tell after update on knowledge for each row execute function tell()")
+    db.execute("insert into knowledge (content) values ('new')")
+    assert rows(db, "select id, embedding is not null from copy") == [(2, True)]
 
 
 def test_refusal_of_one_column_leaves_the_other(db: Connection, declared: Knowledge) -> None:

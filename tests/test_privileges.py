@@ -266,6 +266,28 @@ def test_owners_code_never_runs_with_a_superusers_rights(cast: Connection, hook:
         assert "on" not in column(cast, "select super from caught")
 
 
+def test_index_expressions_are_not_planned_with_a_superusers_rights(cast: Connection) -> None:
+    """To plan a query over a table is to evaluate what its owner's index expressions make constant."""
+    cast.execute("create table caught (who name, session name, super text)")
+    cast.execute("grant all on caught to public")
+    with acting_as(cast, "owner"):
+        cast.execute(EVIL)
+        cast.execute("create function one() returns int language plpgsql immutable as 'begin return 1; end'")
+        cast.execute("create index on docs ((one() + id))")
+        cast.execute(
+            "create or replace function one() returns int language plpgsql immutable as "
+            "'begin perform evil(); return 1; end'"
+        )
+        cast.execute("truncate caught")
+    cast.execute("select embed_column_set('docs', 'embedding', mode => 'deferred')")
+    refusal(cast, f"select embed_column_set('docs', 'embedding', model => '{TINY}-other')")
+    cast.execute("select embed_column_drop('docs')")
+    with notices(cast) as heard:
+        cast.execute(DECLARE)
+    assert "keeps the vectors that it may have already" in str(heard[0].message)
+    assert "on" not in column(cast, "select super from caught")
+
+
 @pytest.fixture
 def evil_cast(cast: Connection) -> Connection:
     """The owner's type whose cast to text runs his function, which leaves a trace of the rights it had."""

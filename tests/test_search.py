@@ -288,6 +288,41 @@ def test_search_leaves_its_settings_behind_nowhere(big: Connection) -> None:
 INDEX = "select indexdef from pg_indexes where tablename = 'knowledge' and indexdef like '%%hnsw%%'"
 
 
+PARALLEL = """
+    set max_parallel_workers_per_gather = 2; set parallel_setup_cost = 0; set parallel_tuple_cost = 0;
+    set min_parallel_table_scan_size = 0
+"""
+QUERIES = {
+    "embed": "select id from big where filler like '%xyz%' order by embed('one') <=> embed('two') limit 5",
+    "joined": "select count(*) from big b join embed_search('knowledge', 'one') s on b.id % 1000 = (s.key->>'id')::int",
+    "models": "select count(*) from big b, embedding_models where filler like '%xyz%'",
+    "health": "select count(*) from big b, embedding_health where filler like '%xyz%'",
+}
+
+
+@pytest.mark.parametrize("query", QUERIES.values(), ids=QUERIES)
+def test_in_a_query_that_would_run_in_parallel(
+    db: Connection, filled: None, connect: Callable[..., Connection], query: str
+) -> None:
+    """Python's calls make subtransactions: refused in parallel mode, they crashed the server at the next call."""
+    db.execute("create table big as select n as id, repeat('x', 50) as filler from generate_series(1, 20000) n")
+    db.execute("analyze big")
+    fresh = connect()
+    fresh.execute(PARALLEL)
+    for _ in range(3):
+        fresh.execute(query)
+        assert scalar(fresh, "select embed('word') is not null")
+
+
+def test_nothing_of_the_extensions_says_that_it_may_run_in_parallel(db: Connection) -> None:
+    marked = """
+        select p.oid::regprocedure from pg_proc p join pg_depend d on d.objid = p.oid and d.deptype = 'e'
+        join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed'
+        where p.proparallel <> 'u'
+    """
+    assert rows(db, marked) == []
+
+
 def test_index_as_documented(db: Connection, filled: None) -> None:
     statement = scalar(db, "select embed_index('knowledge')")
     (definition,) = (row[0] for row in rows(db, INDEX))

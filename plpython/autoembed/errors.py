@@ -152,6 +152,14 @@ class EncoderBroken(AutoembedError):
     default_hint = "No row was blamed. Try again in a new session; `autoembed doctor` checks the installation."
 
 
+class NotFilled(AutoembedError):
+    """{problem}"""
+
+    def __init__(self, *, hint: str | None, sqlstate: str, problem: str) -> None:
+        super().__init__(hint=hint or "", problem=problem)
+        self.sqlstate = sqlstate
+
+
 class OtherModel(AutoembedError):
     """model "{name}" is not the one that the column was declared with: its files have changed"""
 

@@ -10,16 +10,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from traceback import clear_frames
 from typing import Protocol, TypeVar
 
 from . import batching
 from .encoder import Encoder
 from .vectors import to_text
 
-WRITE_FAILURES = ("23", "P0001", "42501")
-"""SQLSTATEs, or their classes, of a write that a row's own constraint, trigger or policy refused."""
+NOBODYS = ("08", "0A", "25", "26", "2D", "34", "3B", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "XX")
+"""Classes of SQLSTATEs that speak of the server, the call or the relation. Any other that a write ends with is the
+row's own: its constraint's, its policy's, or its trigger's, which chooses as it likes."""
+REFUSED = "42501"
+CANCELED = "57014"
 OUT_OF_MEMORY = "53200"
-TRY_AGAIN = ("40001", "40P01", "55P03", OUT_OF_MEMORY)
+BUSY = ("40001", "40P01", "55P03")
+"""Another transaction was in the way."""
 ATTEMPTS = 5
 PASSES = 3
 """At most: rows that were changed or locked meanwhile get another chance, a busy table does not hold the call."""
@@ -228,8 +233,8 @@ class Filler:
         self.loaded = self.encoder()  # before the claim: a model that cannot be loaded holds nobody's rows
         try:
             return self.fly(found, self.loaded, alone)
-        except BaseException:
-            self.abandon(found)
+        except BaseException as error:
+            self.abandon(found, error)
             raise
 
     def fly(self, found: Candidates, encoder: Encoder, alone: bool) -> int:
@@ -310,7 +315,8 @@ class Filler:
             written = self.write_once(claim, rows, texts, result, conclude)
         except self.database.error as error:
             self.database.rollback()
-            if not rows or not self.database.sqlstate(error).startswith(WRITE_FAILURES):
+            state = self.database.sqlstate(error)
+            if not rows or (state.startswith(NOBODYS) and state != REFUSED):
                 raise
             self.database.authorize(self.column)  # 42501 of the call as a whole is nobody's row's
             if len(rows) == 1:
@@ -349,9 +355,9 @@ class Filler:
             raise
 
     def again(self, transaction: Callable[[], T], locks: Sequence[int] = ()) -> T:
-        """Run and commit; once more where another transaction was in the way (40001, 40P01, 55P03).
+        """Run and commit; once more where another transaction was in the way.
 
-        Or where the server has no memory left: what the encoder keeps between two batches is given back first.
+        Or where the server has no memory left, and the encoder some to give back.
 
         `locks` are what a failed try may have taken: session locks outlive its rollback, and are counted.
         """
@@ -360,13 +366,14 @@ class Filler:
                 outcome = transaction()
                 self.database.commit()
                 return outcome
-            except self.database.error as error:
-                state = self.database.sqlstate(error)
-                if state not in TRY_AGAIN or attempt == ATTEMPTS:
+            except (self.database.error, MemoryError) as error:
+                short = self.is_out_of_memory(error)
+                again = self.loaded is not None if short else self.database.sqlstate(error) in BUSY
+                if not again or attempt == ATTEMPTS:
                     raise
                 self.database.rollback()
-                if state == OUT_OF_MEMORY and self.loaded is not None:
-                    self.loaded.rest()
+                if short:
+                    self.rest(error)
                 if locks:
                     self.database.release(list(locks))
                     self.database.commit()
@@ -378,7 +385,7 @@ class Filler:
         constraint = self.database.constraint(error)
         if constraint:
             return f"constraint {constraint} refused the vector ({state})"
-        if state == "42501":
+        if state == REFUSED:
             return "row-level security refused the vector (42501)"
         return f"a trigger or constraint of the table refused the vector ({state})"
 
@@ -395,24 +402,43 @@ class Filler:
         self.database.release(found.locks)
         self.database.commit()
 
-    def abandon(self, found: Candidates) -> None:
+    def abandon(self, found: Candidates, error: BaseException) -> None:
         """After an error: nothing half-written, no inflight row, no lock left in a pooled session.
 
         The locks are given back even where the row cannot be deleted (a full disk, a transaction that became
         read-only): a row whose lock is free blames nobody.
         """
-        self.clean(partial(self.database.forget, self.column, found.inflight))
-        self.clean(partial(self.database.release, found.locks))
+        if self.is_out_of_memory(error):
+            self.rest(error)
+        try:
+            self.clean(partial(self.database.forget, self.column, found.inflight))
+        finally:
+            self.clean(partial(self.database.release, found.locks))
 
     def clean(self, step: Callable[[], None]) -> None:
-        """Again where a second cancel hits right here; any other error gives way to the one that is on its way."""
+        """Again where a second cancel hits right here, or memory is short; others give way to the one on its way."""
+        left = ATTEMPTS
         while True:
             try:
                 self.database.rollback()
                 step()
                 self.database.commit()
                 return
-            except self.database.error as error:
-                if self.database.sqlstate(error) != "57014":
+            except (self.database.error, MemoryError) as error:
+                left -= 1
+                if self.is_out_of_memory(error) and left > 0:
+                    self.rest(error)
+                elif isinstance(error, MemoryError) or self.database.sqlstate(error) != CANCELED:
                     self.database.rollback()
                     return
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        if isinstance(error, MemoryError):
+            return True
+        return isinstance(error, self.database.error) and self.database.sqlstate(error) == OUT_OF_MEMORY
+
+    def rest(self, error: BaseException) -> None:
+        """Give back what the encoder keeps between two batches, and what the error's frames hold."""
+        clear_frames(error.__traceback__)
+        if self.loaded is not None:
+            self.loaded.rest()

@@ -15,8 +15,8 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 from . import API_VERSION, batching, models, page, preload, settings
 from .cache import Cache
 from .encoder import Encoder
-from .errors import ApiMismatch, AutoembedError, OtherDimensions, OtherModel
-from .fill import OUT_OF_MEMORY, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
+from .errors import ApiMismatch, AutoembedError, NotFilled, OtherDimensions, OtherModel
+from .fill import CANCELED, OUT_OF_MEMORY, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
 from .vectors import to_text
 from .worker import LONGEST, SHORTEST, Worker, sleep
 
@@ -34,6 +34,8 @@ WORDED = re.compile(
 """Beginnings of what the server itself and our own SQL say. Not the SQLSTATE: a table's trigger chooses its own."""
 HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
 
+CALLS_OWN = ("08", "25", "2D", "53", "57", "58", "XX")
+"""Classes of SQLSTATEs that end a call; any other ends the fill of one column."""
 EXTENSION_GONE = ("3F000", "42883", "42P01")
 RELEASE = """
     select pg_catalog.pg_advisory_unlock(l), pg_catalog.pg_advisory_unlock_shared(l) from pg_catalog.unnest($1) l
@@ -69,6 +71,9 @@ def interface(method: Callable[Concatenate[Session, P], R]) -> Callable[Concaten
             refusal = self.worded(error)
         except self.error as error:
             refusal = error
+        except MemoryError:
+            hint = "What was committed stays. Free memory, use a smaller model, or lower EMBEDDING_MAX_SEQ_LENGTH."
+            refusal = self.refusal("out of memory", OUT_OF_MEMORY, hint)
         raise refusal.with_traceback(None) from None  # PL/Python makes a CONTEXT of each frame
 
     return call
@@ -84,7 +89,8 @@ class Session:
         # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
         self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
         self.database = SessionDatabase(plpy)
-        self.embedding_rows = False
+        self.embedding_rows: set[tuple[int, str]] = set()
+        self.used = False
 
     # --- embedding ---------------------------------------------------------------------------------------------
 
@@ -162,9 +168,14 @@ class Session:
             self.fill_columns(batch, oid, totals, Limits(max_rows, max_seconds))
         finally:
             self.leave(isolation)
-            if totals.tokens:
-                self.models.rest()
+            self.rest()
         return self.conclude(totals, time.monotonic() - started)
+
+    def rest(self) -> None:
+        """At a call's end, however it came: only one that encoded has something to give back."""
+        if self.used:
+            self.models.rest()
+            self.used = False
 
     def conclude(self, totals: Totals, seconds: float) -> dict[str, int]:
         """The call's line in the server's log, if it did anything, and its INOUT arguments."""
@@ -178,8 +189,8 @@ class Session:
         if not columns:
             whose = "your own" if oid is None else "this relation"
             self.plpy.notice(
-                f"nothing to fill: no column of {whose} is declared for embedding and enabled",
-                hint="embedding_columns shows what is declared, and for which relations.",
+                f"nothing to fill: no column of {whose} is declared for embedding, enabled, and can be filled",
+                hint="embedding_columns shows what is declared, and its status what a column lacks.",
             )
         report = Progress(self.plpy, self.database)
         trouble: list[tuple[Column, AutoembedError]] = []
@@ -187,18 +198,33 @@ class Session:
             if not limits.room(totals, 1):
                 break
             try:
-                Filler(self.database, column, self.encoder_of(column), totals, limits, batch, progress=report).run()
-            except AutoembedError as error:  # one column's model must not keep the others from being filled
+                self.fill(column, totals, limits, batch, report)
+            except AutoembedError as error:  # one column's trouble must not keep the others from being filled
                 trouble.append((column, error))
         for column, problem in trouble[1:]:
             self.plpy.warning(f"{column.label} was not filled: {problem}", hint=problem.hint)
         for column, problem in trouble[:1]:
             self.fail(f"{column.label} was not filled: {problem}", problem.sqlstate, problem.hint)
 
+    def fill(
+        self, column: Column, totals: Totals, limits: Limits, batch: int, progress: Callable[[Column, Totals], None]
+    ) -> None:
+        """What the table's own objects raise is the column's trouble, as is what its model lacks."""
+        try:
+            Filler(self.database, column, self.encoder_of(column), totals, limits, batch, progress).run()
+        except self.plpy.SPIError as error:
+            state = self.database.sqlstate(error)
+            if state.startswith(CALLS_OWN):
+                raise
+            self.database.rollback()
+            worded = self.worded(error)
+            raise NotFilled(problem=str(worded), sqlstate=state, hint=worded.hint) from None
+
     def encoder_of(self, column: Column) -> Callable[[], Encoder]:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
 
         def load() -> Encoder:
+            self.used = True
             encoder = self.encoder(column.model)
             if encoder.model.fingerprint != column.fingerprint:
                 raise OtherModel(name=column.model)
@@ -234,7 +260,7 @@ class Session:
         try:
             self.database.commit()
         except self.plpy.SPIError as error:
-            if error.sqlstate != "2D000":
+            if self.database.sqlstate(error) != "2D000":
                 raise
             self.fail(
                 f"{procedure} commits {when} and cannot run inside a transaction block",
@@ -251,7 +277,7 @@ class Session:
                 self.database.commit()
                 return
             except self.plpy.SPIError as error:
-                if error.sqlstate != "57014":  # a cancel that comes now must not leave the setting behind
+                if self.database.sqlstate(error) != CANCELED:  # one that comes now must not leave the setting behind
                     raise
 
     def set_isolation(self, level: str) -> None:
@@ -289,14 +315,12 @@ class Session:
         finally:
             self.give_up(places)
             self.leave(isolation)
-            if totals.tokens:
-                self.models.rest()
+            self.rest()
         return self.conclude(totals, time.monotonic() - started)
 
     def worker(self, batch: int, max_seconds: int | None, totals: Totals) -> Worker:
         def fill(column: Column, totals: Totals, limits: Limits) -> None:
-            encoder = self.encoder_of(column)
-            Filler(self.database, column, encoder, totals, limits, batch, progress=lambda *_: None).run()
+            self.fill(column, totals, limits, batch, lambda *_: None)
 
         def warn(column: Column, error: AutoembedError) -> None:
             self.plpy.warning(f"{column.label} is not filled: {error}", hint=error.hint)
@@ -312,7 +336,7 @@ class Session:
                 self.database.commit()
                 return
             except self.plpy.SPIError as error:
-                if error.sqlstate != "57014":  # a cancel that comes now must not leave the lock in a pooled session
+                if self.database.sqlstate(error) != CANCELED:  # one that comes now must not leave the lock behind
                     raise
 
     @interface
@@ -362,13 +386,14 @@ class Session:
 
         The write of their vectors is an UPDATE itself and calls this again: then there is nothing to do.
         """
-        if self.embedding_rows:
+        column = (relation, target)
+        if column in self.embedding_rows:
             return
-        self.embedding_rows = True
+        self.embedding_rows.add(column)
         try:
             self.embed_statement(relation, target)
         finally:
-            self.embedding_rows = False
+            self.embedding_rows.remove(column)
 
     def embed_statement(self, relation: int, target: str) -> None:
         plan = self.database.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
@@ -383,8 +408,10 @@ class Session:
         except AutoembedError as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
         except self.plpy.SPIError as error:
-            if error.sqlstate[:2] in ("57", "40", "53", "25"):
+            if self.database.sqlstate(error).startswith(("57", "40", "25")):
                 raise
+            if self.database.sqlstate(error) == OUT_OF_MEMORY:
+                self.models.rest()
             self.plpy.warning(f"{plan['label']}: new rows stay pending{self.reason(error)}")
         except Exception as error:  # noqa: BLE001 -- a cancel is a SPIError, and went its way above
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
@@ -393,7 +420,7 @@ class Session:
         """Never the error's own message: a trigger's may quote the row."""
         constraint = self.database.constraint(error)
         refused = f": constraint {constraint} refused the vector" if constraint else ""
-        return f"{refused} (SQLSTATE {error.sqlstate})"
+        return f"{refused} (SQLSTATE {self.database.sqlstate(error)})"
 
     def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
         column = column_of(plan)
@@ -479,9 +506,10 @@ class Session:
     def worded(self, error: Any) -> Any:
         """The server's error, if its words are known to quote no row."""
         detail, hint = error.spidata[1:3]
+        state = self.database.sqlstate(error)
         if WORDED.match(str(error)):
-            return self.refusal(str(error), error.sqlstate, hint, detail if error.sqlstate == "42501" else None)
-        return self.refusal(f"the call was ended by SQLSTATE {error.sqlstate}", error.sqlstate, HIDDEN)
+            return self.refusal(str(error), state, hint, detail if state == "42501" else None)
+        return self.refusal(f"the call was ended by SQLSTATE {state}", state, HIDDEN)
 
 
 class Progress:
@@ -498,7 +526,9 @@ class Progress:
         if seconds < self.due:
             return
         self.due = seconds + NOTICE_EVERY  # first: where counting fails, the fill goes on without a notice
-        left = int(self.database.value("select autoembed.pending_count($1)", ["int8"], [column.registration]))
+        left = self.database.value("select autoembed.pending_count($1)", ["int8"], [column.registration])
+        if left is None:  # the column was dropped meanwhile
+            return
         rate = totals.embedded / seconds
         known = left <= COUNTED
         to_go = str(left) if known else f"more than {COUNTED}"
@@ -641,14 +671,14 @@ class SessionDatabase:
         try:
             self.execute("select autoembed.forget($1, $2)", ["int8", "int8"], [column.registration, inflight])
         except self.plpy.SPIError as error:
-            if error.sqlstate not in EXTENSION_GONE:
+            if self.sqlstate(error) not in EXTENSION_GONE:
                 raise
 
     def release(self, locks: list[int]) -> None:
         try:
             self.execute("select autoembed.release($1)", ["int8[]"], [locks])
         except self.plpy.SPIError as error:
-            if error.sqlstate not in EXTENSION_GONE:
+            if self.sqlstate(error) not in EXTENSION_GONE:
                 raise
             self.execute(RELEASE, ["int8[]"], [locks])
 
@@ -662,7 +692,12 @@ class SessionDatabase:
         self.execute("select autoembed.enter($1::autoembed.shape)", ["text"], [column.shape])
 
     def sqlstate(self, error: Exception) -> str:
-        return str(getattr(error, "sqlstate", "XX000"))
+        """Of one that it does not know, a trigger's own, PL/Python has the number alone (elog.h: MAKE_SQLSTATE)."""
+        known = getattr(error, "sqlstate", None)
+        if known is not None:
+            return str(known)
+        details = getattr(error, "spidata", None)
+        return "".join(chr((details[0] >> 6 * place & 63) + 48) for place in range(5)) if details else "XX000"
 
     def constraint(self, error: Exception) -> str | None:
         """Its constraint, where there is one of that name: a trigger can name anything (USING CONSTRAINT = …)."""
@@ -680,7 +715,7 @@ class SessionDatabase:
         try:
             self.check_interrupts()
         except self.plpy.SPIError as error:
-            if error.sqlstate != OUT_OF_MEMORY:
+            if self.sqlstate(error) != OUT_OF_MEMORY:
                 raise
             raise MemoryError from None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from autoembed.errors import AutoembedError
-from autoembed.fill import TRY_AGAIN, Column, Limits, Totals
+from autoembed.fill import BUSY, REFUSED, Column, Limits, Totals
 
 SLICE = 0.05
 SHORTEST, LONGEST = 0.02, 0.4
@@ -25,10 +25,8 @@ BARREN_SHARE = 10
 """A column of which a fill embedded nothing (rows that others hold, say) rests so many times as long as it took."""
 ROUND = 60.0
 """Seconds after which each column is filled without a look: that tidies, and finds what a dead worker left behind."""
-NOT_ONES_OWN = "42501"
-"""Of a table that was given away a moment ago: the next look at the declarations leaves it out."""
 TROUBLE = 30.0
-"""Seconds that a column rests whose model cannot be used."""
+"""Seconds that a column rests whose model cannot be used, or whose table refuses."""
 
 
 class Database(Protocol):
@@ -127,8 +125,8 @@ class Worker:
             found = self.database.has_pending(column, place.seen if rests else None)
             self.database.commit()
         except self.database.error as error:
-            if self.database.sqlstate(error) not in (*TRY_AGAIN, NOT_ONES_OWN):
-                raise
+            if self.database.sqlstate(error) not in (*BUSY, REFUSED):
+                raise  # refused: a table given away a moment ago, which the next look at the declarations leaves out
             self.database.rollback()
             return False
         return found or (now >= place.fill and not rests)
@@ -141,7 +139,7 @@ class Worker:
         try:
             self.fill(column, self.totals, Limits(None, max(1, min(TURN, round(self.left())))))
             place.trouble = ""
-        except AutoembedError as error:  # one column's model must not keep the others from being filled
+        except AutoembedError as error:  # one column's trouble must not keep the others from being filled
             if place.trouble != str(error):
                 self.warn(column, error)
             place.trouble = str(error)

@@ -1,0 +1,126 @@
+"""What a batch leaves behind where memory runs out amid its cleaning up; the rest of fill.py is tested on a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import pytest
+
+from autoembed import batching
+from autoembed.fill import Candidates, Claim, Column, Database, Filler, Limits, Totals
+from unit.fakes import FakeEncoder
+
+COLUMN = Column(1, "public.docs.embedding", "stub", "f", 4, "")
+FOUND = Candidates(["1"], [1, 2, 3], "1", 1, 7)
+
+
+class Refused(Exception):
+    """As PL/Python raises it."""
+
+    def __init__(self, sqlstate: str) -> None:
+        self.sqlstate = sqlstate
+
+
+class Short:
+    """A database side that has no memory for the calls named, so many times each."""
+
+    error: type[Exception] = Refused
+
+    def __init__(self, error: Exception, **times: int) -> None:
+        self.raised = error
+        self.times = times
+        self.held: set[int] = set()
+
+    def step(self, name: str) -> None:
+        if self.times.get(name, 0) > 0:
+            self.times[name] -= 1
+            raise self.raised
+
+    def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim:  # noqa: ARG002
+        self.held |= set(candidates.locks)
+        return Claim(1, ["1"], ["one"], [b"h"], 0)
+
+    def complete(self, *_: object) -> list[str]:
+        self.step("complete")
+        return ["1"]
+
+    def forget(self, *_: object) -> None:
+        self.step("forget")
+
+    def release(self, locks: Sequence[int]) -> None:
+        self.step("release")
+        self.held -= set(locks)
+
+    def check_interrupts(self) -> None:
+        self.step("check_interrupts")
+
+    def commit(self) -> None:
+        self.step("commit")
+
+    def rollback(self) -> None:
+        pass
+
+    def settle(self, *_: object) -> None:
+        pass
+
+    authorize = settle
+
+    def sqlstate(self, error: Exception) -> str:
+        return str(getattr(error, "sqlstate", ""))
+
+
+class Counting(FakeEncoder):
+    rests = 0
+
+    def rest(self) -> None:
+        self.rests += 1
+
+
+def filler(database: Short, encoder: FakeEncoder) -> Filler:
+    return Filler(cast("Database", database), COLUMN, lambda: encoder, Totals(), Limits(), 1, progress=lambda *_: None)
+
+
+ERRORS = [Refused("53200"), MemoryError()]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["server", "python"])
+@pytest.mark.parametrize("step", ["forget", "release"])
+def test_locks_are_given_back_without_memory(error: Exception, step: str) -> None:
+    database, encoder = Short(error, complete=99, **{step: 3}), Counting()
+    with pytest.raises(type(error)):
+        filler(database, encoder).fill_batch(FOUND, alone=False)
+    assert database.held == set()
+    assert encoder.rests > 0
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["server", "python"])
+def test_locks_are_given_back_where_the_row_in_flight_stays(error: Exception) -> None:
+    database = Short(error, complete=99, forget=99)
+    with pytest.raises(type(error)):
+        filler(database, Counting()).fill_batch(FOUND, alone=False)
+    assert database.held == set()
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["server", "python"])
+def test_write_without_memory_is_tried_again(error: Exception) -> None:
+    encoder = Counting()
+    one = filler(Short(error, complete=1), encoder)
+    assert one.fill_batch(FOUND, alone=False) == 0
+    assert (one.totals.embedded, encoder.rests) == (1, 1)
+
+
+@pytest.mark.parametrize("step", ["check_interrupts", "commit"])
+def test_look_for_a_cancel_without_memory_means_the_pass(step: str) -> None:
+    one = filler(Short(Refused("53200"), **{step: 1}), FakeEncoder())
+    with pytest.raises(MemoryError):
+        one.checkpoint()
+    (outcome,) = one.encode(Counting(), ["one"])
+    assert isinstance(outcome, batching.Vector)
+
+
+def test_other_shortages_are_not_the_encoders() -> None:
+    """Of locks, say: an encoder that is not loaded has nothing to give back, and nothing is tried again."""
+    database = Short(Refused("53200"), commit=1)
+    with pytest.raises(Refused):
+        filler(database, FakeEncoder()).again(lambda: None)
