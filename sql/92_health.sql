@@ -115,7 +115,8 @@ begin atomic
     )
     select o.name, o.works,
            case when not o.works then coalesce(o.trouble, (
-               select format('%s has rows to be filled, but %I has no worker and no job', r.relation::regclass, o.name)
+               select format(case when autoembed.is_own(r.relation) then '%s has rows to be filled, but %I has no worker and no job'
+                                  else '%s has rows to be filled, by its statistics, but %I has no worker and no job' end, r.relation::regclass, o.name)
                from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
                where c.relowner = o.oid and r.enabled and autoembed.is_waiting(r) limit 1)) end,
            o.trouble is not null

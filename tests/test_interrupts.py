@@ -328,7 +328,7 @@ def test_cancel_of_the_real_encoder(
     name = "all-MiniLM-L6-v2"
     if not (rig.models / name).exists():
         (rig.models / name).symlink_to(model_dir / name)
-    knowledge(texts=["a long text that fills the model's window " * 60] * 512)
+    knowledge(texts=[f"{number} is a long text that fills the model's window " * 60 for number in range(512)])
     db.execute("select embed_column('knowledge', 'content'::name, model => %s::text)", [name])
     worker = connect()
     worker.execute("select embed('warm', %s)", [name])

@@ -49,7 +49,7 @@ def hungry(rig: Rig, model_dir: Path, tmp_path: Path) -> str:
 
 def declare(db: Connection, knowledge: Knowledge, model: str) -> None:
     """Whole micro-batches are filled first: the session has its model, its threads and their buffers."""
-    knowledge(texts=["word " * 200] * 16, dimensions=64)
+    knowledge(texts=["word " * 199 + str(number) for number in range(16)], dimensions=64)
     db.execute("select embed_column('knowledge', 'content'::name, model => %s::text)", [model])
     assert fill(db) == (16, 0, 0)
 
@@ -63,7 +63,8 @@ def limit_memory(connection: Connection, leeway: int) -> None:
 
 def add(db: Connection, words: int, count: int = 1) -> None:
     db.execute(
-        "insert into knowledge (content) select repeat('word ', %s::int) from generate_series(1, %s)", [words, count]
+        "insert into knowledge (content) select repeat('word ', %s::int - 1) || n from generate_series(1, %s) n",
+        [words, count],
     )
 
 

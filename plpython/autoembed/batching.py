@@ -57,14 +57,15 @@ def encode_all(
     checkpoint: Callable[[], None],
     token_budget: int | None = None,
 ) -> list[Outcome]:
-    """A vector or a failure for each text, in order.
+    """A vector or a failure for each text, in order. Equal texts are encoded once, and have the very same outcome.
 
     `checkpoint` runs before every micro-batch and, where the encoder can be interrupted, within it. What it raises
     passes untouched, MemoryError excepted: a cancel is no text's fault.
     """
-    batch = _Batch(encoder, texts, prompt, checkpoint, token_budget or encoder.token_budget)
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    batch = _Batch(encoder, list(places), prompt, checkpoint, token_budget or encoder.token_budget)
     batch.run()
-    return [batch.outcomes[index] for index in range(len(texts))]
+    return [batch.outcomes[places[text]] for text in texts]
 
 
 class _Pace:

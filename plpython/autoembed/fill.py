@@ -289,7 +289,7 @@ class Filler:
             if isinstance(outcome, batching.Vector):
                 good.append(position)
                 texts.append(to_text(outcome.values))
-                result.tokens += outcome.tokens
+                result.tokens += min(outcome.tokens, token_limit)
                 if outcome.truncated:
                     result.truncated.append((claim.keys[position], outcome.tokens))
             else:

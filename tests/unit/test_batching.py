@@ -58,8 +58,18 @@ def test_micro_batches_keep_to_texts_and_padded_tokens(lengths: list[int]) -> No
 
 def test_a_given_budget_is_kept() -> None:
     encoder = FakeEncoder()
-    encode_all(encoder, ["x" * 10] * 12, prompt="", checkpoint=nothing, token_budget=30)
+    encode_all(encoder, [f"{number:010}" for number in range(12)], prompt="", checkpoint=nothing, token_budget=30)
     assert [len(batch) for batch in encoder.batches] == [3, 3, 3, 3]
+
+
+def test_equal_texts_are_encoded_once() -> None:
+    encoder = FakeEncoder(fault=refuse("bad"))
+    outcomes = run(encoder, ["one", "bad", "two", "one", "bad", "one"])
+    assert [type(outcome) for outcome in outcomes] == [Vector, Failure, Vector, Vector, Failure, Vector]
+    assert outcomes[0] is outcomes[3] is outcomes[5]
+    encoder = FakeEncoder()
+    run(encoder, ["one", "two", "one", "one"])
+    assert encoder.batches == [["one", "two"]]
 
 
 def test_no_texts_no_work() -> None:
@@ -109,7 +119,7 @@ def test_out_of_memory_halves_and_stays_small(error: Exception) -> None:
             raise error
 
     encoder = FakeEncoder(fault=fault)
-    outcomes = run(encoder, ["x" * 10] * 32)
+    outcomes = run(encoder, [f"{number:010}" for number in range(32)])
     assert all(isinstance(outcome, Vector) for outcome in outcomes)
     assert [len(batch) for batch in encoder.batches if len(batch) > 2] == [8, 4, 4]
 
@@ -214,7 +224,7 @@ def test_a_slow_model_gets_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     encoder = FakeEncoder(fault=work, weights=1 << 50)
-    run(encoder, ["x" * 25] * 20)
+    run(encoder, [f"{number:025}" for number in range(20)])
     assert [len(batch) for batch in encoder.batches] == [8, 2, 2, 2, 2, 2, 2]
 
 
@@ -228,14 +238,14 @@ def test_micro_batches_do_not_shrink_for_ever(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     encoder = FakeEncoder(fault=work)
-    run(encoder, ["x" * 25] * 32)
+    run(encoder, [f"{number:025}" for number in range(32)])
     assert [len(batch) for batch in encoder.batches] == [8, 8, 8, 8]
 
 
 def test_the_first_micro_batch_is_small_until_the_pace_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "FIRST_MICRO_BATCH_TOKENS", 20)
     encoder = FakeEncoder()
-    run(encoder, ["x" * 10] * 10)
+    run(encoder, [f"{number:010}" for number in range(10)])
     assert [len(batch) for batch in encoder.batches] == [2, 8]
 
 
