@@ -356,7 +356,7 @@ def test_a_call_with_no_column_to_fill_says_so(db: Connection, declared: Knowled
         fill(db)
         fill(db, relation="knowledge")
     assert [notice.severity for notice in heard] == ["NOTICE", "NOTICE"]
-    assert "no column of your own is declared for embedding and enabled" in str(heard[0].message)
+    assert "no column of your own is declared for embedding, enabled, and can be filled" in str(heard[0].message)
     assert "no column of this relation" in str(heard[1].message)
 
 

@@ -153,11 +153,7 @@ class EncoderBroken(AutoembedError):
 
 
 class NotFilled(AutoembedError):
-    """{problem}"""
-
-    def __init__(self, *, hint: str | None, sqlstate: str, problem: str) -> None:
-        super().__init__(hint=hint or "", problem=problem)
-        self.sqlstate = sqlstate
+    """{problem}"""  # with the SQLSTATE of what the server said
 
 
 class OtherModel(AutoembedError):

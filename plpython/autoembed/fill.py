@@ -23,6 +23,8 @@ row's own: its constraint's, its policy's, or its trigger's, which chooses as it
 REFUSED = "42501"
 CANCELED = "57014"
 OUT_OF_MEMORY = "53200"
+TOO_LARGE = "54000"
+"""What a claim ends with whose texts together are more than an array can hold, a gigabyte."""
 BUSY = ("40001", "40P01", "55P03")
 """Another transaction was in the way."""
 ATTEMPTS = 5
@@ -217,10 +219,16 @@ class Filler:
                 self.frontier = frontier
                 self.last = self.last or after
                 return missed
-            after = found.cursor
             embedded = self.totals.embedded
             if found.keys:
-                missed += self.fill_batch(found, alone=False)
+                try:
+                    missed += self.fill_batch(found, alone=False)
+                except self.database.error as error:
+                    if self.database.sqlstate(error) != TOO_LARGE or len(found.keys) == 1:
+                        raise
+                    self.batch = len(found.keys) // 2
+                    continue
+            after = found.cursor
             barren = 0 if self.totals.embedded > embedded else barren + found.passed
             if barren >= BARREN:
                 frontier = after

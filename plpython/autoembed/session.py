@@ -218,7 +218,9 @@ class Session:
                 raise
             self.database.rollback()
             worded = self.worded(error)
-            raise NotFilled(problem=str(worded), sqlstate=state, hint=worded.hint) from None
+            trouble = NotFilled(problem=worded, hint=worded.hint)
+            trouble.sqlstate = state
+            raise trouble from None
 
     def encoder_of(self, column: Column) -> Callable[[], Encoder]:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""

@@ -31,19 +31,29 @@ class Short:
         self.raised = error
         self.times = times
         self.held: set[int] = set()
+        self.largest = 512
+        self.claimed: list[int] = []
 
     def step(self, name: str) -> None:
         if self.times.get(name, 0) > 0:
             self.times[name] -= 1
             raise self.raised
 
+    def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:  # noqa: ARG002
+        first = int(after or 0)
+        keys = [str(key) for key in range(first + 1, min(first + wanted, 5) + 1)]
+        return Candidates(keys, [1, 2, 3], keys[-1], 1, len(keys)) if keys else None
+
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim:  # noqa: ARG002
         self.held |= set(candidates.locks)
-        return Claim(1, ["1"], ["one"], [b"h"], 0)
+        if len(candidates.keys) > self.largest:
+            raise Refused("54000")
+        self.claimed.append(len(candidates.keys))
+        return Claim(1, candidates.keys, [f"text {key}" for key in candidates.keys], [b"h"] * len(candidates.keys), 0)
 
-    def complete(self, *_: object) -> list[str]:
+    def complete(self, column: Column, generation: int, keys: list[str], *_: object) -> list[str]:  # noqa: ARG002
         self.step("complete")
-        return ["1"]
+        return keys
 
     def forget(self, *_: object) -> None:
         self.step("forget")
@@ -117,6 +127,24 @@ def test_look_for_a_cancel_without_memory_means_the_pass(step: str) -> None:
         one.checkpoint()
     (outcome,) = one.encode(Counting(), ["one"])
     assert isinstance(outcome, batching.Vector)
+
+
+def test_texts_too_large_together_are_claimed_in_smaller_batches() -> None:
+    database = Short(Refused("54000"))
+    database.largest = 2
+    one = filler(database, FakeEncoder())
+    one.batch = 5
+    assert one.fill_once() == 0
+    assert database.claimed == [2, 2, 1]
+    assert (one.totals.embedded, database.held) == (5, set())
+
+
+def test_text_too_large_alone_ends_the_fill() -> None:
+    database = Short(Refused("54000"))
+    database.largest = 0
+    with pytest.raises(Refused):
+        filler(database, FakeEncoder()).fill_once()
+    assert database.held == set()
 
 
 def test_other_shortages_are_not_the_encoders() -> None:
