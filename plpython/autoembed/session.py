@@ -16,7 +16,7 @@ from . import API_VERSION, batching, models, page, preload, settings
 from .cache import Cache
 from .encoder import Encoder
 from .errors import ApiMismatch, AutoembedError, NotFilled, OtherDimensions, OtherModel
-from .fill import CANCELED, OUT_OF_MEMORY, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
+from .fill import CANCELED, OUT_OF_MEMORY, REFUSED, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
 from .vectors import to_text
 from .worker import LONGEST, SHORTEST, Worker, sleep
 
@@ -510,7 +510,7 @@ class Session:
         detail, hint = error.spidata[1:3]
         state = self.database.sqlstate(error)
         if WORDED.match(str(error)):
-            return self.refusal(str(error), state, hint, detail if state == "42501" else None)
+            return self.refusal(str(error), state, hint, detail if state == REFUSED else None)
         return self.refusal(f"the call was ended by SQLSTATE {state}", state, HIDDEN)
 
 

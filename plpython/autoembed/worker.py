@@ -125,8 +125,9 @@ class Worker:
             found = self.database.has_pending(column, place.seen if rests else None)
             self.database.commit()
         except self.database.error as error:
+            # a table that was given away a moment ago refuses: the next look at the declarations leaves it out
             if self.database.sqlstate(error) not in (*BUSY, REFUSED):
-                raise  # refused: a table given away a moment ago, which the next look at the declarations leaves out
+                raise
             self.database.rollback()
             return False
         return found or (now >= place.fill and not rests)
