@@ -1,0 +1,1 @@
+"""A published folder becomes a model. Never inside a server."""

@@ -1,0 +1,1 @@
+"""Texts to checked vectors, whichever encoder runs."""

@@ -1,0 +1,1 @@
+"""The product's own encoder: tokens of all texts in one matrix, without padding."""

@@ -1,0 +1,1 @@
+"""Which rows are next, in what order, and what each error means. It knows no plpy."""
