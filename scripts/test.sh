@@ -17,7 +17,7 @@ copy_for_server_user() {
 ! is_root || copy_for_server_user
 cd "$WORK"
 # The tree's package comes before the installed one, which alone has what a compiler made.
-as_server ln -sf "$(site_packages)"/autoembed/_kernels*.so plpython/autoembed/
+as_server ln -sf "$(site_packages)"/autoembed/encoding/packed/_kernels*.so plpython/autoembed/encoding/packed/
 COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini)
 [ -n "${PYTEST_ARGS:-}" ] || COVERAGE+=(--cov-fail-under=90)
 eval "ARGUMENTS=(${PYTEST_ARGS:-})"  # as a shell reads it: PYTEST_ARGS='-k "one or other"'

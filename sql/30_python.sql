@@ -6,7 +6,7 @@ create function autoembed.start() returns void
 language plpython3u volatile parallel unsafe as $$
 import site, sys
 sys.path[:] = ["@SITE@", *(p for p in sys.path if p not in ("@SITE@", "", site.getusersitepackages()))]
-from autoembed.session import start
+from autoembed.server.session import start
 start(plpy, GD, api_version=1)
 $$;
 

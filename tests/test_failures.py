@@ -11,7 +11,7 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from autoembed import install
+from autoembed.adding.add import add_model
 from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
 from support.rigging import Filling, Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
@@ -93,7 +93,7 @@ def test_real_models_that_go_wrong_on_a_word(db: Connection, knowledge: Knowledg
     }
     for kind, folder in wrong.items():
         size = 32 if kind == "zeroing" else 384
-        install.add(folder, rig.models)
+        add_model(folder, rig.models)
         knowledge(
             relation=kind, texts=[f"a {'galaxy' if n == 5 else 'text'} {n}" for n in range(1, 13)], dimensions=size
         )

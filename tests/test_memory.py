@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import manifest as manifests
+from autoembed.models import manifest as manifests
 from models_for_tests import memory_hungry
 from support.rigging import Rig, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server

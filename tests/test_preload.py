@@ -31,8 +31,8 @@ $$
 NO_LOADING = """
 do language plpython3u $$
 plpy.execute("select autoembed.start()")
-import autoembed.models
-autoembed.models.load = None
+from autoembed.encoding.packed.encoder import PackedEncoder
+PackedEncoder.load = None
 $$
 """
 TWO_THREADS = """
@@ -316,9 +316,12 @@ def test_error_in_the_block_leaves_nothing_behind(
     start: Callable[..., str], troubled: Server, server_environment: dict[str, str], tmp_path: Path
 ) -> None:
     """Were SPI's stack not cleaned, all later processes would complain of it."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['autoembed.preload'] = None\n")
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['autoembed.server.postmaster'] = None\n")
     said = start(EMBEDDING_PRELOAD="tiny-kept", PYTHONPATH=str(tmp_path))
-    assert "WARNING:  no embedding model was preloaded: ModuleNotFoundError: import of autoembed.preload halted" in said
+    assert (
+        "WARNING:  no embedding model was preloaded: ModuleNotFoundError: import of autoembed.server.postmaster halted"
+        in said
+    )
     with troubled.connect() as connection:
         connection.execute("create table later as select generate_series(1, 1000) as id")
         connection.execute("delete from later")

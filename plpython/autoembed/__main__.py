@@ -1,5 +1,5 @@
 import sys
 
-from autoembed.cli import main
+from autoembed.command.cli import main
 
 sys.exit(main())

@@ -111,6 +111,11 @@ def report(environ: Mapping[str, str] = os.environ) -> list[tuple[str, str | Non
     return [_row(variable, environ) for variable in VARIABLES]
 
 
+def preload_names(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """What EMBEDDING_PRELOAD names, also where another setting is wrong."""
+    return _names(environ.get(f"{PREFIX}PRELOAD", ""))
+
+
 def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Variables that look like settings and are none: most often a typing mistake."""
     known = {variable.name for variable in VARIABLES}

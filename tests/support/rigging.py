@@ -11,8 +11,8 @@ from typing import Any
 
 from psycopg import sql
 
-from autoembed import manifest as manifests
-from autoembed.manifest import Manifest, Origin
+from autoembed.models import manifest as manifests
+from autoembed.models.manifest import Manifest, Origin
 from support.server import Connection, Server, wait_until
 
 FAULTS = Path(__file__).parent / "faults"

@@ -10,8 +10,11 @@ import hypothesis
 import pytest
 
 import models_for_tests as made
-from autoembed import install, models, settings
-from autoembed.encoder import Encoder
+from autoembed import settings
+from autoembed.adding.add import add_model
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.protocol import Encoder
+from autoembed.models import directory as model_directory
 from autoembed.settings import Settings
 
 # The checkout may be read-only for whoever runs the tests, and two cores may be busy.
@@ -39,7 +42,7 @@ def shelf(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """Settings of a model directory with all of them. Do not change it."""
     directory = tmp_path_factory.mktemp("shelf")
     for folder in folders.values():
-        install.add(folder, directory)
+        add_model(folder, directory)
     return settings.read({"EMBEDDING_MODEL_DIR": str(directory), "EMBEDDING_DEVICE": "cpu"})
 
 
@@ -47,7 +50,7 @@ def shelf(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def own_shelf(folders: dict[str, Path], tmp_path: Path) -> Settings:
     """A model directory of the test's own, with tiny-mpnet in it."""
     directory = tmp_path / "own-shelf"
-    install.add(folders["tiny-mpnet"], directory)
+    add_model(folders["tiny-mpnet"], directory)
     return settings.read({"EMBEDDING_MODEL_DIR": str(directory), "EMBEDDING_DEVICE": "cpu"})
 
 
@@ -57,6 +60,6 @@ def load(shelf: Settings) -> Callable[..., Encoder]:
 
     def open_encoder(name: str, **changes: int) -> Encoder:
         current = replace(shelf, **changes)  # type: ignore[arg-type]
-        return models.load(models.find(current, name), current)
+        return load_encoder(model_directory.find(current, name), current)
 
     return open_encoder

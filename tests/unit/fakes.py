@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from autoembed.encoder import Tokenized
-from autoembed.models import Model
+from autoembed.encoding.protocol import Tokenized
+from autoembed.models.model import Model
 
 MODEL = Model(
     name="fake",

@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from autoembed import convert, models, smoke
-from autoembed import layout as layouts
-from autoembed import manifest as manifests
-from autoembed.convert import Notes, Options
+from autoembed.adding import convert, trial
+from autoembed.adding.convert import Notes, Options
+from autoembed.adding.trial import Facts
 from autoembed.errors import InvalidOption, ModelExists, UnknownModel, UnreadableModel
-from autoembed.layout import Layout
-from autoembed.manifest import BadManifest, Manifest, Origin
-from autoembed.smoke import Facts
+from autoembed.models import directory as model_directory
+from autoembed.models import layout as layouts
+from autoembed.models import manifest as manifests
+from autoembed.models.layout import Layout
+from autoembed.models.manifest import BadManifest, Manifest, Origin
 
 LOCK = ".lock"
 TOOLS = ("autoembed", "torch", "transformers", "sentence-transformers", "tokenizers", "safetensors")
@@ -34,7 +35,7 @@ class Added:
     new: bool
 
 
-def add(
+def add_model(
     source: Path,
     directory: Path,
     *,
@@ -45,7 +46,7 @@ def add(
 ) -> Added:
     """Copy, convert, try out and register a folder; `origin` is a source and its revision, if not the folder."""
     source = source.resolve()
-    name = models.check_name(name or source.name)
+    name = model_directory.check_name(name or source.name)
     layout = layouts.inspect(source, name)
     convert.check_options(layout, options)
     with _locked(directory):
@@ -60,8 +61,8 @@ def add(
         return Added(_build(layout, folder, options, found), folder, new=True)
 
 
-def remove(name: str, directory: Path) -> None:
-    folder = directory / models.check_name(name)
+def remove_model(name: str, directory: Path) -> None:
+    folder = directory / model_directory.check_name(name)
     with _locked(directory):
         if not folder.is_dir():
             raise UnknownModel(name=name, directory=directory, hint="`autoembed model list` shows what is there.")
@@ -74,9 +75,9 @@ def _build(layout: Layout, folder: Path, options: Options, origin: Origin) -> Ma
         _copy(layout, stage)
         notes = convert.complete(layout, stage, options)
         layout = layouts.inspect(stage, layout.name)
-        facts = smoke.try_out(layout, stage)
+        facts = trial.try_out(layout, stage)
         if options.precision != convert.FLOAT32:
-            smoke.change_precision(layout, facts, options.precision)
+            trial.change_precision(layout, facts, options.precision)
         _make_readable(stage)
         manifest = _manifest(layout, facts, notes, options, origin)
         manifests.write(stage, manifest)
@@ -144,7 +145,7 @@ def _same(folder: Path, origin: Origin) -> Manifest | None:
     except (FileNotFoundError, BadManifest):
         return None
     same = (present.origin.files, present.origin.options) == (origin.files, origin.options)
-    return present if same and models.status(folder, present) == "ready" else None
+    return present if same and model_directory.status(folder, present) == "ready" else None
 
 
 @contextmanager

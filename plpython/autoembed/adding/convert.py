@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from autoembed import cpu, offline
-from autoembed import layout as layouts
 from autoembed.errors import BrokenModel, InvalidOption, MissingFile, UnsupportedModel
-from autoembed.layout import Layout
+from autoembed.models import layout as layouts
+from autoembed.models.layout import Layout
+from autoembed.process import cpu, environment
 from autoembed.settings import PRECISIONS
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def _convert_tokenizer(layout: Layout, folder: Path, notes: Notes) -> None:
 
 
 def _fast_tokenizer(folder: Path, name: str) -> Any:
-    offline.prepare()
+    environment.prepare()
     from transformers import AutoTokenizer
 
     try:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from autoembed import layout as layouts
 from autoembed.errors import AutoembedError, DownloadFailed
-from autoembed.manifest import DOCUMENTS
+from autoembed.models import layout as layouts
+from autoembed.models.manifest import DOCUMENTS
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autoembed import layout as layouts
-from autoembed import models
+from autoembed.encoding.vectors import NORM_TOLERANCE
 from autoembed.errors import BrokenModel
-from autoembed.layout import Layout
-from autoembed.vectors import NORM_TOLERANCE
+from autoembed.models import layout as layouts
+from autoembed.models.layout import Layout
+from autoembed.models.model import PACKED
 
 TEXTS = (
     "a",
@@ -41,12 +41,12 @@ class Facts:
 
 
 def try_out(layout: Layout, folder: Path) -> Facts:
-    from autoembed import st_encoder
+    from autoembed.encoding import reference
 
     hint = "It was not added."
     try:
         _check_weights(layout, folder)
-        transformer = st_encoder.open_folder(folder, "cpu")
+        transformer = reference.open_folder(folder, "cpu")
         dimensions, max_tokens, positions = _sizes(layout, transformer)
         transformer.max_seq_length = max_tokens
         vectors = _encode(transformer, max_tokens)
@@ -58,14 +58,14 @@ def try_out(layout: Layout, folder: Path) -> Facts:
         raise BrokenModel(name=layout.name, reason=problem, hint=hint)
     _keep_tokenizer(layout, transformer)
     note = _packed_differs(layout, max_tokens, vectors)
-    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else models.PACKED, note, vectors)
+    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else PACKED, note, vectors)
 
 
 def _check_weights(layout: Layout, folder: Path) -> None:
     """transformers fills missing weights with random numbers and only logs it."""
-    from autoembed import offline
+    from autoembed.process import environment
 
-    offline.prepare()
+    environment.prepare()
     from transformers import AutoModel
 
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -87,7 +87,7 @@ def _sizes(layout: Layout, transformer: Any) -> tuple[int, int, int]:
 
 
 def _encode(transformer: Any, max_tokens: int) -> Any:
-    from autoembed.st_encoder import count_tokens, encode_texts
+    from autoembed.encoding.reference import count_tokens, encode_texts
 
     encode_texts(transformer, [LONG_TEXT * min(max_tokens + 8, 600)])
     if count_tokens(transformer, ["a"])[0] < 1:
@@ -98,7 +98,7 @@ def _encode(transformer: Any, max_tokens: int) -> Any:
 def _problem(layout: Layout, transformer: Any, dimensions: int, vectors: Any) -> str | None:
     import numpy as np
 
-    from autoembed.st_encoder import encode_texts
+    from autoembed.encoding.reference import encode_texts
 
     if vectors.shape != (len(TEXTS), dimensions):
         return f"its vectors have {vectors.shape[-1]} dimensions, and it says {dimensions}"
@@ -129,8 +129,8 @@ def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
     """Why the packed encoder does not serve this model; empty where its vectors are sentence-transformers' own."""
     import numpy as np
 
-    from autoembed.network import UnsupportedNetwork
-    from autoembed.packed import Loaded
+    from autoembed.encoding.packed.encoder import Loaded
+    from autoembed.encoding.packed.network import UnsupportedNetwork
 
     try:
         loaded = Loaded(layout, max_tokens, "float32")
@@ -147,11 +147,11 @@ def change_precision(layout: Layout, facts: Facts, precision: str) -> None:
     """The weights in another precision, tried out against float32's vectors."""
     import numpy as np
 
-    from autoembed import packed
-    from autoembed.network import UnsupportedNetwork
-    from autoembed.tokens import TextTokenizer
+    from autoembed.encoding.packed import encoder as packed
+    from autoembed.encoding.packed.network import UnsupportedNetwork
+    from autoembed.encoding.packed.tokenizer import TextTokenizer
 
-    if facts.encoder != models.PACKED:
+    if facts.encoder != PACKED:
         reason = f"it has {precision} only in the packed encoder, which does not serve it, since {facts.encoder_note}"
         raise BrokenModel(name=layout.name, reason=reason, hint="Add it without --precision.")
     texts = TextTokenizer(layouts.tokenizer_file(layout), facts.max_tokens).tokenize(TEXTS)

@@ -9,13 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoembed import __version__, models, settings
+from autoembed import __version__, settings
+from autoembed.adding.add import add_model, remove_model
 from autoembed.errors import AutoembedError
+from autoembed.models import directory as model_directory
+from autoembed.models.model import MEGABYTE, Entry
 from autoembed.settings import Settings
 
 if TYPE_CHECKING:
-    from autoembed.convert import Options
-    from autoembed.install import Added
+    from autoembed.adding.add import Added
+    from autoembed.adding.convert import Options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,29 +34,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add(parsed: argparse.Namespace) -> int:
-    from autoembed import install
 
     directory = _settings(parsed).model_dir
-    added = install.add(parsed.path, directory, name=parsed.name, options=_options(parsed), force=parsed.force)
+    added = add_model(parsed.path, directory, name=parsed.name, options=_options(parsed), force=parsed.force)
     return _tell(added)
 
 
 def _pull(parsed: argparse.Namespace) -> int:
-    from autoembed import hub, install
+    from autoembed.adding import hub
 
     directory = _settings(parsed).model_dir
     name = parsed.name or parsed.repository.rsplit("/", 1)[-1]
-    models.check_name(name)
+    model_directory.check_name(name)
     with hub.download(parsed.repository, parsed.revision) as snapshot:
         origin = (snapshot.repository, snapshot.commit)
         options, force = _options(parsed), parsed.force
-        added = install.add(snapshot.folder, directory, name=name, options=options, force=force, origin=origin)
+        added = add_model(snapshot.folder, directory, name=name, options=options, force=force, origin=origin)
     return _tell(added)
 
 
 def _list(parsed: argparse.Namespace) -> int:
     directory = _settings(parsed).model_dir
-    entries = models.catalog(_settings(parsed))
+    entries = model_directory.catalog(_settings(parsed))
     if not entries:
         print(f"no model in {directory}")
     for entry in entries:
@@ -63,13 +65,13 @@ def _list(parsed: argparse.Namespace) -> int:
 
 def _verify(parsed: argparse.Namespace) -> int:
     current = _settings(parsed)
-    names = [parsed.name] if parsed.name else [entry.name for entry in models.catalog(current)]
+    names = [parsed.name] if parsed.name else [entry.name for entry in model_directory.catalog(current)]
     return max([_verify_one(name, current) for name in names], default=0)
 
 
 def _verify_one(name: str, current: Settings) -> int:
     try:
-        models.verify(models.find(current, name))
+        model_directory.verify(model_directory.find(current, name))
     except AutoembedError as error:
         _complain(error)
         return 1
@@ -78,15 +80,14 @@ def _verify_one(name: str, current: Settings) -> int:
 
 
 def _remove(parsed: argparse.Namespace) -> int:
-    from autoembed import install
 
-    install.remove(parsed.name, _settings(parsed).model_dir)
+    remove_model(parsed.name, _settings(parsed).model_dir)
     print(f"{parsed.name}: removed")
     return 0
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from autoembed import doctor
+    from autoembed.command import doctor
 
     checks = doctor.examine()
     print(doctor.render(checks))
@@ -100,7 +101,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def _options(parsed: argparse.Namespace) -> Options:
-    from autoembed.convert import Options
+    from autoembed.adding.convert import Options
 
     return Options(
         pooling=parsed.pooling, normalize=parsed.normalize, precision=parsed.precision or settings.read().precision
@@ -116,16 +117,16 @@ def _tell(added: Added) -> int:
         print(f"  converted: {note}")
     for note in manifest.assumed:
         print(f"  assumed: {note}")
-    if len(names := models.registered(added.folder.parent)) > 1:
+    if len(names := model_directory.registered(added.folder.parent)) > 1:
         print(f"  {len(names)} models are there: name one in embed_column and embed, or in EMBEDDING_MODEL_NAME")
     return 0
 
 
-def _line(entry: models.Entry) -> str:
+def _line(entry: Entry) -> str:
     if entry.fingerprint is None:
         return f"{entry.name}: {entry.status}"
     facts = f"{entry.architecture}, {entry.dimensions} dimensions, {entry.max_tokens} tokens"
-    size = f"{(entry.bytes or 0) / models.MEGABYTE:.0f} MB"
+    size = f"{(entry.bytes or 0) / MEGABYTE:.0f} MB"
     return f"{entry.name}: {entry.status}, {facts}, {size}, fingerprint {entry.fingerprint[:12]}"
 
 

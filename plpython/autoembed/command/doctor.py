@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from autoembed import __version__, cpu, device, models, preload, settings
+from autoembed import __version__, settings
 from autoembed.errors import AutoembedError
+from autoembed.models import directory as model_directory
+from autoembed.models.model import Entry
+from autoembed.process import cpu, device
 
 OK, WARNING, WRONG, INFO = "ok", "warning", "WRONG", ""
 PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "safetensors", "numpy", "orjson")
@@ -130,7 +133,7 @@ def _setting(title: str, name: str, value: str | None, source: str) -> Check:
 def _models(environ: Mapping[str, str]) -> list[Check]:
     try:
         current = settings.read(environ)
-        entries = models.catalog(current)
+        entries = model_directory.catalog(current)
     except AutoembedError as error:
         return [Check("Models", WRONG, str(error), error.hint or "")]
     directory = current.model_dir
@@ -149,7 +152,7 @@ def _reachable(directory: Path) -> list[Check]:
     return [Check("Models", WARNING, f"{folder} is closed to other users", advice) for folder in closed]
 
 
-def _model(entry: models.Entry) -> Check:
+def _model(entry: Entry) -> Check:
     if entry.status == "ready":
         facts = f"{entry.architecture}, {entry.dimensions} dimensions, {entry.max_tokens} tokens"
         return Check("Models", OK, f"{entry.name}: ready, {facts}, {entry.note}")
@@ -160,7 +163,7 @@ def _model(entry: models.Entry) -> Check:
 
 def _default_model(current: settings.Settings) -> Check:
     try:
-        return Check("Models", OK, f"the default model is {models.find(current).name}")
+        return Check("Models", OK, f"the default model is {model_directory.find(current).name}")
     except AutoembedError as error:
         return Check("Models", WARNING, f"no default model: {error}", error.hint or "")
 
@@ -168,9 +171,9 @@ def _default_model(current: settings.Settings) -> Check:
 def _missing(environ: Mapping[str, str]) -> list[AutoembedError]:
     """What is wrong with the models that are to be preloaded."""
     found = []
-    for name in preload.names(environ):
+    for name in settings.preload_names(environ):
         try:
-            models.find(settings.read(environ), name)
+            model_directory.find(settings.read(environ), name)
         except AutoembedError as error:
             found.append(error)
     return found
@@ -276,7 +279,7 @@ def _server(process: Path) -> Check:
         return Check(
             "PostgreSQL", WARNING, f"{text}: preloads models, but its postmaster has {threads} threads", advice
         )
-    wanted = ", ".join(preload.names(environment))
+    wanted = ", ".join(settings.preload_names(environment))
     return Check(
         "PostgreSQL", OK, f"{text}: preloads models ({wanted}); the view embedding_settings says what came of them"
     )

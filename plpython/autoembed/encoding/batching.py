@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from traceback import clear_frames
 from typing import TYPE_CHECKING, TypeVar
 
-from autoembed import vectors
+from autoembed.encoding import vectors
 from autoembed.errors import EncoderBroken, OutOfMemory
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from autoembed.encoder import Encoder, Tokenized
+    from autoembed.encoding.protocol import Encoder, Tokenized
 
 # Where a cancel acts only between micro-batches: the second that it may take leaves room for a slow one.
 MICRO_BATCH_SECONDS = 0.4

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autoembed import memory, offline
-from autoembed.encoder import Tokenized
+from autoembed.encoding.protocol import Tokenized
 from autoembed.errors import BrokenModel, MissingPackage, OutOfMemory
+from autoembed.process import environment, memory
 
 if TYPE_CHECKING:
-    from autoembed.models import Model
+    from autoembed.models.model import Model
     from autoembed.settings import Settings
 
 PRECISION = "float32"
@@ -27,7 +27,7 @@ GPU_BATCH = (128, 32768)
 def open_folder(folder: Path, device: str) -> Any:
     """A SentenceTransformer from local files: float32, safetensors only, none of the model's own code."""
     try:
-        offline.prepare()
+        environment.prepare()
         import torch
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError as error:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from autoembed.models import Model
+    from autoembed.models.model import Model
 
 NORM_TOLERANCE = 1e-3
 

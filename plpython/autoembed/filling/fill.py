@@ -13,9 +13,9 @@ from functools import partial
 from traceback import clear_frames
 from typing import Protocol, TypeVar
 
-from . import batching
-from .encoder import Encoder
-from .vectors import to_text
+from autoembed.encoding import batching
+from autoembed.encoding.protocol import Encoder
+from autoembed.encoding.vectors import to_text
 
 NOBODYS = ("08", "0A", "25", "26", "2D", "34", "3B", "3D", "3F", "40", "42", "53", "54", "55", "57", "58", "XX")
 """Classes of SQLSTATEs that speak of the server, the call or the relation. Any other that a write ends with is the

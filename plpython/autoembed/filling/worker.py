@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from autoembed.errors import AutoembedError
-from autoembed.fill import BUSY, REFUSED, Column, Limits, Totals
+from autoembed.filling.fill import BUSY, REFUSED, Column, Limits, Totals
 
 SLICE = 0.05
 SHORTEST, LONGEST = 0.02, 0.4

@@ -1,76 +1,34 @@
-"""The model directory: finding, listing, verifying and loading registered models.
+"""The model directory: finds, lists and verifies registered models.
 
-Finding reads a manifest, never weights: no numpy, torch or sentence_transformers before `load`.
+Finding reads a manifest, never weights: it needs no numpy, torch or sentence_transformers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from autoembed import manifest as manifests
-from autoembed import memory, offline, signals
-from autoembed.device import resolve
 from autoembed.errors import (
     AutoembedError,
     BrokenModel,
     ChangedModel,
     InvalidName,
     NoDefaultModel,
-    OutOfMemory,
     UnknownModel,
     UnreadableModel,
     WrongDimensions,
 )
-from autoembed.manifest import BadManifest, File, Manifest, Stamp
+from autoembed.models import manifest as manifests
+from autoembed.models.manifest import BadManifest, File, Manifest, Stamp
+from autoembed.models.model import PACKED, Entry, Model
 from autoembed.settings import DEFAULT_MODEL, Settings
 
-if TYPE_CHECKING:
-    from autoembed.encoder import Encoder
-
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-MEGABYTE = 1 << 20
 SMALL = 1 << 20
-PACKED = "packed"
 HASHED: dict[tuple[Path, str], Stamp] = {}
 """What this process has hashed, or the postmaster before it: a copied model's manifest has another file's stamps."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A registered model as the settings make it; `default_prompt` names one of `prompts`."""
-
-    name: str
-    path: Path
-    dimensions: int
-    max_tokens: int
-    fingerprint: str
-    architecture: str
-    precision: str
-    normalizes: bool
-    prompts: Mapping[str, str]
-    default_prompt: str | None
-    bytes: int
-    encoder: str = "sentence-transformers"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One folder of the model directory; status is 'ready', 'unregistered' or 'broken: why'."""
-
-    name: str
-    status: str
-    dimensions: int | None = None
-    max_tokens: int | None = None
-    architecture: str | None = None
-    precision: str | None = None
-    fingerprint: str | None = None
-    bytes: int | None = None
-    note: str | None = None
 
 
 def check_name(name: str) -> str:
@@ -160,27 +118,6 @@ def look(model: Model) -> list[str]:
         elif not _unchanged(model.path / name, file):
             raise ChangedModel(name=model.name, file=name, change="has another SHA-256")
     return unsure
-
-
-@signals.kept()
-@memory.uncollected()
-def load(model: Model, settings: Settings) -> Encoder:
-    """Check the files, then load the weights: seconds, and hundreds of megabytes."""
-    if settings.max_memory_mb is not None and model.bytes > settings.max_memory_mb * MEGABYTE:
-        needs = (
-            f"its weights take {model.bytes // MEGABYTE} MB, and EMBEDDING_MAX_MEMORY_MB is {settings.max_memory_mb}"
-        )
-        raise OutOfMemory(name=model.name, reason=needs)
-    check_files(model)
-    offline.set_environment()  # before torch is imported: its OpenMP reads the environment only then
-    device = resolve(settings.device)
-    if model.encoder == PACKED and device == "cpu":
-        from autoembed.packed import PackedEncoder
-
-        return PackedEncoder.load(model, settings)
-    from autoembed.st_encoder import StEncoder
-
-    return StEncoder.load(model, settings, device)
 
 
 def _folders(directory: Path) -> Iterator[Path]:

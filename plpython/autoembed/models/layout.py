@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from autoembed.errors import BrokenModel, MissingFile, RemoteCode, UnsupportedModel
-from autoembed.manifest import DOCUMENTS
+from autoembed.models.manifest import DOCUMENTS
 
 OWN_MODULES = "sentence_transformers."
 WEIGHTED = ("Transformer", "Dense", "LayerNorm", "WeightedLayerPooling")

@@ -13,13 +13,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autoembed import cpu, device, models, preload, settings
+from autoembed import settings
 from autoembed.errors import AutoembedError, MissingPackage, NoDefaultModel
-from autoembed.models import Model
+from autoembed.models import directory
+from autoembed.models.model import PACKED, Model
+from autoembed.process import cpu, device
+from autoembed.server import preloaded
 from autoembed.settings import Settings
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-PACKED = ("torch", "numpy", "safetensors", "tokenizers", "orjson")
+PACKED_NEEDS = ("torch", "numpy", "safetensors", "tokenizers", "orjson")
 SENTENCE_TRANSFORMERS = ("sentence_transformers", "transformers")
 SMALL_PRODUCT = 256
 """A product of this size takes under a millisecond, with a reference BLAS fifteen."""
@@ -60,7 +63,7 @@ def default_model(environ: Mapping[str, str]) -> tuple[Settings | None, Model | 
     """As far as there are any; what is wrong with them is for check_model to say."""
     try:
         current = settings.read(environ)
-        return current, models.find(current)
+        return current, directory.find(current)
     except AutoembedError:
         return None, None
 
@@ -68,13 +71,13 @@ def default_model(environ: Mapping[str, str]) -> tuple[Settings | None, Model | 
 def check_model(environ: Mapping[str, str]) -> Check:
     current = settings.read(environ)
     try:
-        model = models.find(current)
+        model = directory.find(current)
     except NoDefaultModel as error:
-        if current.model_name or not any(entry.status == "ready" for entry in models.catalog(current)):
+        if current.model_name or not any(entry.status == "ready" for entry in directory.catalog(current)):
             raise
         hint = "Columns keep theirs; who declares or calls embed() names one, or EMBEDDING_MODEL_NAME does."
         return Check(WARN, str(error), hint)
-    unsure = models.look(model)
+    unsure = directory.look(model)
     if not unsure:
         return Check(OK, f'model "{model.name}": its files are those that were hashed, by size, inode and times')
     changed = f"{', '.join(unsure)} was written or copied after it was hashed, and is not hashed here"
@@ -85,8 +88,8 @@ def check_model(environ: Mapping[str, str]) -> Check:
 def check_encoder(current: Settings | None, model: Model | None) -> Check:
     if current is None or model is None:
         return Check(WARN, "without a default model there is no encoder to look at", "See the check named model.")
-    packed = model.encoder == models.PACKED
-    for package in PACKED if packed else PACKED + SENTENCE_TRANSFORMERS:
+    packed = model.encoder == PACKED
+    for package in PACKED_NEEDS if packed else PACKED_NEEDS + SENTENCE_TRANSFORMERS:
         if not is_installed(package):
             raise MissingPackage(package=package, purpose=f'model "{model.name}"')
     if current.device != "auto" and "torch" in sys.modules:
@@ -125,10 +128,14 @@ def one_core_gflops() -> float:
 
 
 def check_preload(gd: dict[str, Any], model: Model | None) -> Check:
-    found: preload.Preloaded | None = gd.get(preload.KEY)
-    state = preload.describe(gd)
+    found: preloaded.Preloaded | None = gd.get(preloaded.KEY)
+    state = preloaded.describe(gd)
     if found is None:
-        wanted = state if preload.names() else "no model is preloaded: each session loads its own, which takes seconds"
+        wanted = (
+            state
+            if settings.preload_names()
+            else "no model is preloaded: each session loads its own, which takes seconds"
+        )
         return Check(WARN, wanted, PRELOAD_HINT)
     if found.problems:
         return Check(WARN, state, "The server's log has the whole message. Mend the model, then restart the server.")

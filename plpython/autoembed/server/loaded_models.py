@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from autoembed.encoder import Encoder
+from autoembed.encoding.protocol import Encoder
 from autoembed.errors import OutOfMemory
-from autoembed.models import MEGABYTE, Model
-from autoembed.page import Page
-from autoembed.preload import Inherited
+from autoembed.models.model import MEGABYTE, Model
+from autoembed.server.preloaded import Inherited
+from autoembed.server.status_file import Page
 from autoembed.settings import Settings
 
 ROOM_HINT = "Raise EMBEDDING_MAX_MEMORY_MB in the server's environment and restart the server, or use a smaller model."

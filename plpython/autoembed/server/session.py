@@ -12,13 +12,29 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
-from . import API_VERSION, batching, models, page, preload, settings
-from .cache import Cache
-from .encoder import Encoder
-from .errors import ApiMismatch, AutoembedError, NotFilled, OtherDimensions, OtherModel
-from .fill import CANCELED, OUT_OF_MEMORY, REFUSED, Candidates, Claim, Column, Filler, Frontier, Limits, Round, Totals
-from .vectors import to_text
-from .worker import LONGEST, SHORTEST, Worker, sleep
+from autoembed import API_VERSION, settings
+from autoembed.encoding import batching
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.protocol import Encoder
+from autoembed.encoding.vectors import to_text
+from autoembed.errors import ApiMismatch, AutoembedError, NotFilled, OtherDimensions, OtherModel
+from autoembed.filling.fill import (
+    CANCELED,
+    OUT_OF_MEMORY,
+    REFUSED,
+    Candidates,
+    Claim,
+    Column,
+    Filler,
+    Frontier,
+    Limits,
+    Round,
+    Totals,
+)
+from autoembed.filling.worker import LONGEST, SHORTEST, Worker, sleep
+from autoembed.models import directory
+from autoembed.server import preloaded, status_file
+from autoembed.server.loaded_models import Cache
 
 MAX_BATCH = 512
 MAX_WORKERS = 64
@@ -85,7 +101,7 @@ class Session:
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
         self.gd = gd
-        self.models: Cache = gd.setdefault("autoembed models", Cache(page.Page()))
+        self.models: Cache = gd.setdefault("autoembed models", Cache(status_file.Page()))
         # PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module
         self.error: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
         self.database = SessionDatabase(plpy)
@@ -139,9 +155,9 @@ class Session:
     def encoder(self, name: str | None) -> Encoder:
         """The loaded model of that name, loaded now if need be; again where its files have changed since."""
         current = settings.read()
-        model = models.find(current, name)
+        model = directory.find(current, name)
         return self.models.get(
-            model, current, lambda: preload.take(self.gd, model, current), lambda: models.load(model, current)
+            model, current, lambda: preloaded.take(self.gd, model, current), lambda: load_encoder(model, current)
         )
 
     @interface
@@ -448,7 +464,7 @@ class Session:
 
     @interface
     def model(self, name: str | None) -> dict[str, Any]:
-        found = models.find(settings.read(), name)
+        found = directory.find(settings.read(), name)
         return {
             "name": found.name,
             "dimensions": found.dimensions,
@@ -470,7 +486,7 @@ class Session:
                 "bytes": entry.bytes,
                 "note": entry.note,
             }
-            for entry in models.catalog(settings.read())
+            for entry in directory.catalog(settings.read())
         ]
 
     @interface
@@ -478,22 +494,22 @@ class Session:
         """Those that the current user may look into, memory and all."""
         visible = {row["pid"] for row in self.database.execute("select autoembed.visible_pids() as pid")}
         found = []
-        for pid, path in page.pages():
+        for pid, path in status_file.pages():
             if pid in visible:
-                private, shared = page.memory_of(pid)
+                private, shared = status_file.memory_of(pid)
                 about = {"pid": pid, "private_bytes": private, "shared_bytes": shared}
-                found += [about | entry for entry in page.read(path)]
+                found += [about | entry for entry in status_file.read(path)]
         return found
 
     @interface
     def health(self) -> list[tuple[str, str, str, str | None]]:
-        from . import health  # here: nobody else needs it
+        from autoembed.server import health  # here: nobody else needs it
 
         checks = health.examine(self.gd)
         return [(name, check.status, check.message, check.hint) for name, check in checks.items()]
 
     def list_settings(self) -> list[tuple[str, str | None, str]]:
-        return preload.annotate(self.gd, settings.report())
+        return preloaded.annotate(self.gd, settings.report())
 
     # --- errors ------------------------------------------------------------------------------------------------
 

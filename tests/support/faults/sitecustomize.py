@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-STEERED = "autoembed.models"
+STEERED = "autoembed.encoding.load"
 
 
 class Steered:
@@ -78,7 +78,7 @@ class Stub:
         self.interruptible = False
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
-        from autoembed.encoder import Tokenized
+        from autoembed.encoding.protocol import Tokenized
 
         whole = [prompt + text for text in texts]
         tokens = [len(text.split()) + 2 for text in whole]
@@ -135,7 +135,7 @@ def hoard() -> list[bytearray]:
 
 
 class Finder:
-    """Lets the package's module load as it is, and steers what its `load` returns."""
+    """Lets the package's module load as it is, and steers what its `load_encoder` returns."""
 
     def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
         if name != STEERED:
@@ -148,7 +148,7 @@ class Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            module.load = steered(module.load, module.check_files)  # type: ignore[attr-defined]
+            module.load_encoder = steered(module.load_encoder, module.check_files)  # type: ignore[attr-defined]
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 import models_for_tests as made
-from autoembed import install, manifest, models, smoke
-from autoembed.convert import Options
+from autoembed.adding import add, trial
+from autoembed.adding.add import add_model, remove_model
+from autoembed.adding.convert import Options
 from autoembed.errors import BrokenModel, InvalidName, InvalidOption, ModelExists, UnknownModel, UnreadableModel
+from autoembed.models import directory as model_directory
+from autoembed.models import manifest
 from autoembed.settings import Settings
 
 MPNET = "tiny-mpnet"
@@ -27,11 +30,11 @@ def directory(tmp_path: Path) -> Path:
 
 
 def content(directory: Path) -> list[str]:
-    return sorted(path.name for path in directory.iterdir() if path.name != install.LOCK)
+    return sorted(path.name for path in directory.iterdir() if path.name != add.LOCK)
 
 
 def test_the_manifest_tells_where_a_model_came_from(folder: Path, directory: Path) -> None:
-    added = install.add(folder, directory)
+    added = add_model(folder, directory)
     assert added.new
     read = manifest.read(directory / MPNET)
     assert read == added.manifest
@@ -43,41 +46,41 @@ def test_the_manifest_tells_where_a_model_came_from(folder: Path, directory: Pat
 
 
 def test_the_same_again_is_a_quick_no_op(folder: Path, directory: Path) -> None:
-    install.add(folder, directory)
+    add_model(folder, directory)
     before = (directory / MPNET).stat().st_ino
     start = time.perf_counter()
-    again = install.add(folder, directory)
+    again = add_model(folder, directory)
     assert not again.new
     assert time.perf_counter() - start < 1
     assert (directory / MPNET).stat().st_ino == before
 
 
 def test_a_damaged_model_needs_force_even_for_the_same_content(folder: Path, directory: Path) -> None:
-    added = install.add(folder, directory)
+    added = add_model(folder, directory)
     (added.folder / "model.safetensors").unlink()
     with pytest.raises(ModelExists):
-        install.add(folder, directory)
-    assert install.add(folder, directory, force=True).new
-    assert models.status(added.folder, manifest.read(added.folder)) == "ready"
+        add_model(folder, directory)
+    assert add_model(folder, directory, force=True).new
+    assert model_directory.status(added.folder, manifest.read(added.folder)) == "ready"
 
 
 def test_other_content_needs_force(folder: Path, directory: Path) -> None:
-    first = install.add(folder, directory)
+    first = add_model(folder, directory)
     made.change_weights(folder, lambda weights: weights["embeddings.LayerNorm.bias"].add_(1))
     with pytest.raises(ModelExists) as raised:
-        install.add(folder, directory)
+        add_model(folder, directory)
     assert raised.value.sqlstate == "42710"
-    second = install.add(folder, directory, force=True)
+    second = add_model(folder, directory, force=True)
     assert second.new
     assert second.manifest.fingerprint(48) != first.manifest.fingerprint(48)
     assert content(directory) == [MPNET]
 
 
 def test_other_options_are_another_model(folders: dict[str, Path], directory: Path) -> None:
-    install.add(folders["tiny-codebert"], directory)
+    add_model(folders["tiny-codebert"], directory)
     with pytest.raises(ModelExists):
-        install.add(folders["tiny-codebert"], directory, options=Options(pooling="cls"))
-    install.add(folders["tiny-codebert"], directory, name="codebert-cls", options=Options(pooling="cls"))
+        add_model(folders["tiny-codebert"], directory, options=Options(pooling="cls"))
+    add_model(folders["tiny-codebert"], directory, name="codebert-cls", options=Options(pooling="cls"))
     assert content(directory) == ["codebert-cls", "tiny-codebert"]
 
 
@@ -85,16 +88,16 @@ def test_other_options_are_another_model(folders: dict[str, Path], directory: Pa
 def test_a_model_that_fails_the_first_encoding_leaves_nothing(make: object, tmp_path: Path, directory: Path) -> None:
     folder = make(tmp_path)  # type: ignore[operator]
     with pytest.raises(BrokenModel) as raised:
-        install.add(folder, directory)
+        add_model(folder, directory)
     assert raised.value.hint == "It was not added."
     assert content(directory) == []
 
 
 def test_a_failing_replacement_leaves_the_old_model(folder: Path, directory: Path) -> None:
-    before = install.add(folder, directory)
+    before = add_model(folder, directory)
     made.change_weights(folder, lambda weights: weights["embeddings.LayerNorm.bias"].fill_(float("nan")))
     with pytest.raises(BrokenModel, match="not finite"):
-        install.add(folder, directory, force=True)
+        add_model(folder, directory, force=True)
     assert content(directory) == [MPNET]
     assert manifest.read(directory / MPNET) == before.manifest
 
@@ -102,7 +105,7 @@ def test_a_failing_replacement_leaves_the_old_model(folder: Path, directory: Pat
 def test_a_rename_that_fails_brings_the_old_model_back(
     folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = install.add(folder, directory)
+    before = add_model(folder, directory)
     rename = Path.rename
 
     def refuse(path: Path, target: Path) -> Path:
@@ -113,7 +116,7 @@ def test_a_rename_that_fails_brings_the_old_model_back(
     monkeypatch.setattr(Path, "rename", refuse)
     made.change_weights(folder, lambda weights: weights["embeddings.LayerNorm.bias"].add_(1))
     with pytest.raises(OSError, match="disk on fire"):
-        install.add(folder, directory, force=True)
+        add_model(folder, directory, force=True)
     assert content(directory) == [MPNET]
     assert manifest.read(directory / MPNET) == before.manifest
 
@@ -121,29 +124,29 @@ def test_a_rename_that_fails_brings_the_old_model_back(
 def test_missing_weights_are_not_filled_with_random_numbers(folder: Path, directory: Path) -> None:
     made.change_weights(folder, lambda weights: weights.pop("encoder.layer.1.attention.attn.q.weight"))
     with pytest.raises(BrokenModel, match=r"1 are missing.*attn\.q\.weight"):
-        install.add(folder, directory)
+        add_model(folder, directory)
 
 
 def test_an_interrupted_add_leaves_nothing(folder: Path, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(smoke, "try_out", interrupt)
+    monkeypatch.setattr(trial, "try_out", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        install.add(folder, directory)
+        add_model(folder, directory)
     assert content(directory) == []
 
 
 def test_what_a_killed_add_left_is_cleared(folder: Path, directory: Path) -> None:
     (directory / f".{MPNET}.abcdef").mkdir(parents=True)
-    install.add(folder, directory)
+    add_model(folder, directory)
     assert content(directory) == [MPNET]
 
 
 def test_everybody_may_read_whatever_the_umask(folder: Path, directory: Path) -> None:
     before = os.umask(0o077)
     try:
-        install.add(folder, directory)
+        add_model(folder, directory)
     finally:
         os.umask(before)
     for path in (directory / MPNET).rglob("*"):
@@ -154,7 +157,7 @@ def test_everybody_may_read_whatever_the_umask(folder: Path, directory: Path) ->
 def test_code_and_other_frameworks_stay_behind(folder: Path, directory: Path) -> None:
     for file in ("modeling.py", "model.onnx", "pytorch_model.bin"):
         (folder / file).write_text("x")
-    added = install.add(folder, directory)
+    added = add_model(folder, directory)
     assert not {"modeling.py", "model.onnx", "pytorch_model.bin"} & set(added.manifest.files)
 
 
@@ -162,34 +165,34 @@ def test_links_are_followed(folder: Path, directory: Path, tmp_path: Path) -> No
     """As the hub's own cache lays files out."""
     (folder / "model.safetensors").rename(tmp_path / "blob")
     (folder / "model.safetensors").symlink_to(tmp_path / "blob")
-    added = install.add(folder, directory)
+    added = add_model(folder, directory)
     assert not (added.folder / "model.safetensors").is_symlink()
 
 
 def test_names(folder: Path, directory: Path) -> None:
-    assert install.add(folder, directory, name="other").folder == directory / "other"
+    assert add_model(folder, directory, name="other").folder == directory / "other"
     with pytest.raises(InvalidName):
-        install.add(folder, directory, name="../other")
+        add_model(folder, directory, name="../other")
 
 
 def test_the_model_directorys_own_copy_is_no_source(folder: Path, directory: Path) -> None:
-    added = install.add(folder, directory)
+    added = add_model(folder, directory)
     with pytest.raises(InvalidOption, match="own copy"):
-        install.add(added.folder, directory, force=True)
-    assert models.status(added.folder, manifest.read(added.folder)) == "ready"
+        add_model(added.folder, directory, force=True)
+    assert model_directory.status(added.folder, manifest.read(added.folder)) == "ready"
 
 
 def test_removing(own_shelf: Settings) -> None:
-    install.remove(MPNET, own_shelf.model_dir)
+    remove_model(MPNET, own_shelf.model_dir)
     assert content(own_shelf.model_dir) == []
     with pytest.raises(UnknownModel):
-        install.remove(MPNET, own_shelf.model_dir)
+        remove_model(MPNET, own_shelf.model_dir)
     with pytest.raises(InvalidName):
-        install.remove("../models", own_shelf.model_dir)
+        remove_model("../models", own_shelf.model_dir)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_cannot_be_written(folder: Path) -> None:
     with pytest.raises(UnreadableModel) as raised:
-        install.add(folder, Path("/proc/models"))
+        add_model(folder, Path("/proc/models"))
     assert "sudo" in str(raised.value.hint)

@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 
 import models_for_tests as made
-from autoembed import convert, install, models, settings
-from autoembed import layout as layouts
-from autoembed.convert import Options
+from autoembed import settings
+from autoembed.adding import convert
+from autoembed.adding.add import add_model
+from autoembed.adding.convert import Options
+from autoembed.encoding.load import load_encoder
 from autoembed.errors import BrokenModel, InvalidOption, MissingFile, UnsupportedModel
-from autoembed.layout import read_json
+from autoembed.models import directory
+from autoembed.models import layout as layouts
+from autoembed.models.layout import read_json
 from autoembed.settings import Settings
 
 
@@ -32,7 +36,7 @@ def test_pickled_weights_become_safetensors(shelf: Settings, folders: dict[str, 
     import torch
 
     pickled = torch.load(folders["tiny-codebert"] / "pytorch_model.bin", weights_only=True)
-    model = models.find(shelf, "tiny-codebert")
+    model = directory.find(shelf, "tiny-codebert")
     saved = tensors(model.path)
     assert saved.keys() == pickled.keys()
     assert all(torch.equal(saved[key], pickled[key]) for key in saved)
@@ -47,7 +51,7 @@ def test_sharded_pickles_become_one_file(roberta: Path, tmp_path: Path) -> None:
     for number, part in ((1, keys[::2]), (2, keys[1::2])):
         torch.save({key: weights[key] for key in part}, roberta / f"pytorch_model-0000{number}-of-00002.bin")
     (roberta / "pytorch_model.bin").unlink()
-    added = install.add(roberta, tmp_path / "shelf")
+    added = add_model(roberta, tmp_path / "shelf")
     assert tensors(added.folder).keys() == weights.keys()
 
 
@@ -64,14 +68,14 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(roberta: Path,
 
     torch.save({"weight": Bomb(tmp_path / "pwned")}, roberta / "pytorch_model.bin")
     with pytest.raises(BrokenModel, match="holds more than weights"):
-        install.add(roberta, tmp_path / "shelf")
+        add_model(roberta, tmp_path / "shelf")
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_damaged_pickle_is_refused(roberta: Path, tmp_path: Path) -> None:
     (roberta / "pytorch_model.bin").write_bytes(b"not a pickle")
     with pytest.raises(BrokenModel, match=r"pytorch_model\.bin is damaged"):
-        install.add(roberta, tmp_path / "shelf")
+        add_model(roberta, tmp_path / "shelf")
 
 
 def test_a_pickle_without_a_plain_table_is_refused(roberta: Path, tmp_path: Path) -> None:
@@ -79,7 +83,7 @@ def test_a_pickle_without_a_plain_table_is_refused(roberta: Path, tmp_path: Path
 
     torch.save({"epoch": 3, "state_dict": {}}, roberta / "pytorch_model.bin")
     with pytest.raises(UnsupportedModel, match="no plain table"):
-        install.add(roberta, tmp_path / "shelf")
+        add_model(roberta, tmp_path / "shelf")
 
 
 @pytest.mark.parametrize("name", ["tiny-codebert", "tiny-bge-m3", "tiny-mpnet"])
@@ -108,22 +112,22 @@ def test_sentencepieces_own_ids_are_kept(shelf: Settings) -> None:
 def test_no_tokenizer(roberta: Path, tmp_path: Path) -> None:
     (roberta / "vocab.json").unlink()
     with pytest.raises(MissingFile, match="tokenizer"):
-        install.add(roberta, tmp_path / "shelf")
+        add_model(roberta, tmp_path / "shelf")
 
 
 def test_a_damaged_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(folders["tiny-bge-m3"], tmp_path / "damaged"))
     (folder / "sentencepiece.bpe.model").write_bytes(b"\xff" * 100)
     with pytest.raises(BrokenModel, match="tokenizer cannot be read"):
-        install.add(folder, tmp_path / "shelf")
+        add_model(folder, tmp_path / "shelf")
 
 
 def test_a_bare_folder_gets_modules_and_says_what_was_assumed(shelf: Settings) -> None:
-    model = models.find(shelf, "tiny-codebert")
+    model = directory.find(shelf, "tiny-codebert")
     kinds = [module.kind for module in layouts.inspect(model.path, model.name).modules]
     assert kinds == ["Transformer", "Pooling"]
     assert (model.normalizes, model.max_tokens) == (False, 64)
-    entry = next(entry for entry in models.catalog(shelf) if entry.name == model.name)
+    entry = next(entry for entry in directory.catalog(shelf) if entry.name == model.name)
     assert entry.note is not None
     for words in (
         "mean pooling (--pooling)",
@@ -141,7 +145,7 @@ def test_pooling_and_normalisation_are_chosen(roberta: Path, tmp_path: Path, poo
     from transformers import AutoModel, AutoTokenizer
 
     text = "vacuum removes dead rows"
-    added = install.add(roberta, tmp_path / "shelf", options=Options(pooling, normalize))
+    added = add_model(roberta, tmp_path / "shelf", options=Options(pooling, normalize))
     assert added.manifest.assumed == ["at most 64 tokens"]
     tokens = AutoTokenizer.from_pretrained(added.folder, local_files_only=True)(text, return_tensors="pt")
     with torch.inference_mode():
@@ -150,26 +154,26 @@ def test_pooling_and_normalisation_are_chosen(roberta: Path, tmp_path: Path, poo
     if normalize:
         expected = expected / np.linalg.norm(expected)
     current = settings.read({"EMBEDDING_MODEL_DIR": str(tmp_path / "shelf"), "EMBEDDING_DEVICE": "cpu"})
-    encoder = models.load(models.find(current), current)
+    encoder = load_encoder(directory.find(current), current)
     np.testing.assert_allclose(encoder.encode(encoder.tokenize([text]), lambda: None)[0], expected, atol=2e-6)
 
 
 def test_the_tokenizers_own_limit_is_kept(roberta: Path, tmp_path: Path) -> None:
     made.write_json(roberta / "tokenizer_config.json", {"model_max_length": 20})
-    added = install.add(roberta, tmp_path / "shelf")
+    added = add_model(roberta, tmp_path / "shelf")
     assert (added.manifest.max_tokens, added.manifest.position_limit) == (20, 64)
 
 
 @pytest.mark.parametrize("options", [Options(pooling="cls"), Options(normalize=False)])
 def test_a_folder_with_modules_decides_itself(folders: dict[str, Path], tmp_path: Path, options: Options) -> None:
     with pytest.raises(InvalidOption, match="is for a bare folder") as raised:
-        install.add(folders["tiny-mpnet"], tmp_path, options=options)
+        add_model(folders["tiny-mpnet"], tmp_path, options=options)
     assert raised.value.sqlstate == "22023"
 
 
 def test_an_unknown_precision(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InvalidOption, match="must be float32 or bfloat16 or int8, not int4"):
-        install.add(folders["tiny-mpnet"], tmp_path, options=Options(precision="int4"))
+        add_model(folders["tiny-mpnet"], tmp_path, options=Options(precision="int4"))
 
 
 def test_a_bare_folder_without_a_width(roberta: Path, tmp_path: Path) -> None:
@@ -177,4 +181,4 @@ def test_a_bare_folder_without_a_width(roberta: Path, tmp_path: Path) -> None:
     del config["hidden_size"]
     made.write_json(roberta / "config.json", config)
     with pytest.raises(UnsupportedModel, match="hidden_size"):
-        install.add(roberta, tmp_path / "shelf")
+        add_model(roberta, tmp_path / "shelf")

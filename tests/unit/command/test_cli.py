@@ -11,7 +11,10 @@ import huggingface_hub.constants
 import pytest
 from huggingface_hub import HfApi
 
-from autoembed import __version__, cli, hub, manifest, models
+from autoembed import __version__
+from autoembed.adding import hub
+from autoembed.command import cli
+from autoembed.models import directory, manifest
 from autoembed.settings import Settings
 from unit.hub_for_tests import COMMIT, serving
 
@@ -102,7 +105,7 @@ def test_an_interrupt_is_no_traceback(run: Run, monkeypatch: pytest.MonkeyPatch)
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, "catalog", interrupt)
+    monkeypatch.setattr(directory, "catalog", interrupt)
     status, _, err = run("model", "list")
     assert status == 130
     assert "nothing was left behind" in err

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import cli, cpu, doctor
-from autoembed.doctor import INFO, OK, WARNING, WRONG, Check
+from autoembed.command import cli, doctor
+from autoembed.command.doctor import INFO, OK, WARNING, WRONG, Check
+from autoembed.process import cpu
 from autoembed.settings import Settings
 
 

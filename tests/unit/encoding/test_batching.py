@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoembed import batching
-from autoembed.batching import Failure, Outcome, Vector, encode_all
+from autoembed.encoding import batching
+from autoembed.encoding.batching import Failure, Outcome, Vector, encode_all
 from autoembed.errors import EncoderBroken, OutOfMemory
 from unit.fakes import FakeEncoder, vector_of
 

@@ -17,10 +17,14 @@ import pytest
 from numpy.typing import NDArray
 
 import models_for_tests as made
-from autoembed import device, install, models, st_encoder
-from autoembed.batching import Failure, Vector, encode_all
-from autoembed.encoder import Encoder
+from autoembed.adding.add import add_model
+from autoembed.encoding import reference as reference_encoder
+from autoembed.encoding.batching import Failure, Vector, encode_all
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.protocol import Encoder
 from autoembed.errors import BrokenModel, DeviceUnavailable, MissingPackage, OutOfMemory
+from autoembed.models import directory
+from autoembed.process import device
 from autoembed.settings import Settings
 
 NAMES = ("all-MiniLM-L6-v2", "minilm-768", "tiny-codebert", "tiny-bge-m3", "tiny-mpnet")
@@ -117,10 +121,10 @@ def test_a_default_prompt_is_not_added_behind_the_callers_back(
         folder / "config_sentence_transformers.json", {"prompts": {"passage": "p: "}, "default_prompt_name": "passage"}
     )
     current = replace(shelf, model_dir=tmp_path / "shelf")
-    install.add(folder, current.model_dir)
-    model = models.find(current, "prompted")
+    add_model(folder, current.model_dir)
+    model = directory.find(current, "prompted")
     assert (model.prompts, model.default_prompt) == ({"query": "", "document": "p: ", "passage": "p: "}, "passage")
-    encoder = models.load(model, current)
+    encoder = load_encoder(model, current)
     vectors = np.stack([each.values for each in outcomes(encoder)])
     np.testing.assert_allclose(vectors, oracle(model.path, prompt=""), atol=2e-6)
 
@@ -142,8 +146,8 @@ def test_half_precision_weights_are_computed_in_float32(
     folder = Path(shutil.copytree(folders["tiny-mpnet"], tmp_path / "half"))
     made.change_weights(folder, lambda weights: weights.update({key: value.half() for key, value in weights.items()}))
     current = replace(shelf, model_dir=tmp_path / "shelf")
-    install.add(folder, current.model_dir)
-    (vector,) = outcomes(models.load(models.find(current, "half"), current), ("x",))
+    add_model(folder, current.model_dir)
+    (vector,) = outcomes(load_encoder(directory.find(current, "half"), current), ("x",))
     assert abs(float(np.linalg.norm(vector.values.astype(np.float64))) - 1) < 1e-6
 
 
@@ -157,8 +161,8 @@ def test_nothing_reaches_for_the_network(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     current = replace(shelf, model_dir=tmp_path)
     for name in ("tiny-codebert", "tiny-bge-m3"):
-        install.add(folders[name], tmp_path)
-        assert outcomes(models.load(models.find(current, name), current))
+        add_model(folders[name], tmp_path)
+        assert outcomes(load_encoder(directory.find(current, name), current))
 
 
 def test_a_fresh_process_loads_without_leaving_python_threads_and_closes(shelf: Settings) -> None:
@@ -178,7 +182,7 @@ assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
 encoder.close()
 """
     single = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | {"PYTHONPATH": str(Path(models.__file__).parents[1])} | single
+    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[1])} | single
     environment = {key: value for key, value in environment.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -204,8 +208,8 @@ def test_only_the_texts_with_the_word_fail(
 ) -> None:
     folder = make("banana", tmp_path)
     current = replace(shelf, model_dir=tmp_path / "shelf")
-    install.add(folder, current.model_dir)
-    encoder = models.load(models.find(current, folder.name), current)
+    add_model(folder, current.model_dir)
+    encoder = load_encoder(directory.find(current, folder.name), current)
     texts = [f"text {number}" + " with a banana" * (number in (3, 11)) for number in range(16)]
     done = encode_all(encoder, texts, prompt="", checkpoint=lambda: None)
     failed = {number: outcome.kind for number, outcome in enumerate(done) if isinstance(outcome, Failure)}
@@ -214,7 +218,7 @@ def test_only_the_texts_with_the_word_fail(
 
 def by_reference(settings: Settings, name: str = "tiny-mpnet", **changes: Any) -> Encoder:
     """The encoder that serves what the packed one does not."""
-    return models.load(replace(models.find(settings, name), encoder="sentence-transformers", **changes), settings)
+    return load_encoder(replace(directory.find(settings, name), encoder="sentence-transformers", **changes), settings)
 
 
 def test_another_precision_than_float32_is_refused(shelf: Settings) -> None:
@@ -232,9 +236,9 @@ def test_both_encoders_agree(load: Callable[..., Encoder], shelf: Settings, name
 
 
 def test_what_cannot_be_loaded_is_a_broken_model(shelf: Settings, tmp_path: Path) -> None:
-    model = replace(models.find(shelf, "tiny-mpnet"), path=tmp_path)
+    model = replace(directory.find(shelf, "tiny-mpnet"), path=tmp_path)
     with pytest.raises(BrokenModel, match="tiny-mpnet"):
-        st_encoder.StEncoder.load(model, shelf, "cpu")
+        reference_encoder.StEncoder.load(model, shelf, "cpu")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
@@ -244,7 +248,7 @@ def test_weights_that_do_not_fit_are_a_lack_of_memory(
     def refuse(folder: Path, where: str) -> None:
         raise error
 
-    monkeypatch.setattr(st_encoder, "open_folder", refuse)
+    monkeypatch.setattr(reference_encoder, "open_folder", refuse)
     with pytest.raises(OutOfMemory, match="do not fit"):
         by_reference(shelf)
 
@@ -260,7 +264,7 @@ def test_a_failing_pass_gives_memory_back_and_raises(shelf: Settings, monkeypatc
         raise MemoryError
 
     encoder = by_reference(shelf)
-    monkeypatch.setattr(st_encoder, "encode_texts", refuse)
+    monkeypatch.setattr(reference_encoder, "encode_texts", refuse)
     with pytest.raises(MemoryError):
         encoder.encode(encoder.tokenize(["text"]), lambda: None)
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pgvector import Vector
 
-from autoembed import vectors
+from autoembed.encoding import vectors
 from unit.fakes import MODEL
 
 

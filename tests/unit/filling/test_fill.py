@@ -7,8 +7,8 @@ from typing import cast
 
 import pytest
 
-from autoembed import batching
-from autoembed.fill import Candidates, Claim, Column, Database, Filler, Limits, Totals
+from autoembed.encoding import batching
+from autoembed.filling.fill import Candidates, Claim, Column, Database, Filler, Limits, Totals
 from unit.fakes import FakeEncoder
 
 COLUMN = Column(1, "public.docs.embedding", "stub", "f", 4, "")

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from autoembed import worker
 from autoembed.errors import AutoembedError, UnknownModel
-from autoembed.fill import Column, Limits, Totals
-from autoembed.worker import Worker
+from autoembed.filling import worker
+from autoembed.filling.fill import Column, Limits, Totals
+from autoembed.filling.worker import Worker
 
 
 class Answers:

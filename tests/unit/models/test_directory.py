@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import install, manifest, memory, models, settings
+from autoembed import settings
+from autoembed.adding.add import add_model
+from autoembed.encoding.load import load_encoder
 from autoembed.errors import (
     AutoembedError,
     BrokenModel,
@@ -21,13 +23,15 @@ from autoembed.errors import (
     UnreadableModel,
     WrongDimensions,
 )
+from autoembed.models import directory, manifest
+from autoembed.process import memory
 from autoembed.settings import Settings
 
 MPNET = "tiny-mpnet"
 
 
 def test_finding_tells_what_the_manifest_knows(shelf: Settings) -> None:
-    model = models.find(shelf, "all-MiniLM-L6-v2")
+    model = directory.find(shelf, "all-MiniLM-L6-v2")
     assert (model.dimensions, model.max_tokens, model.architecture) == (384, 256, "bert")
     assert (model.normalizes, model.precision, model.default_prompt) == (True, "float32", None)
     assert model.prompts == {"query": "", "document": ""}
@@ -48,7 +52,7 @@ print((time.perf_counter() - start) * 1000)
 heavy = {{"torch", "numpy", "transformers", "sentence_transformers", "tokenizers", "huggingface_hub"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(models.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 50
@@ -57,75 +61,75 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 @pytest.mark.parametrize("name", ["", "..", "../x", "/etc", "a b", ".hidden", "x" * 200, "a\nb"])
 def test_a_name_is_never_a_path(shelf: Settings, name: str) -> None:
     with pytest.raises(InvalidName) as raised:
-        models.find(shelf, name)
+        directory.find(shelf, name)
     assert raised.value.sqlstate == "22023"
 
 
 def test_a_hubs_name_gets_the_right_one_suggested(shelf: Settings) -> None:
     with pytest.raises(InvalidName) as raised:
-        models.find(shelf, "sentence-transformers/all-MiniLM-L6-v2")
+        directory.find(shelf, "sentence-transformers/all-MiniLM-L6-v2")
     assert 'Did you mean "all-MiniLM-L6-v2"?' in str(raised.value.hint)
 
 
 def test_an_unknown_model_comes_with_what_there_is(shelf: Settings, tmp_path: Path) -> None:
     with pytest.raises(UnknownModel) as raised:
-        models.find(shelf, "no-such-model")
+        directory.find(shelf, "no-such-model")
     assert MPNET in str(raised.value.hint)
     assert "model add PATH" in str(raised.value.hint)
     with pytest.raises(UnknownModel) as raised:
-        models.find(replace(shelf, model_dir=tmp_path / "nowhere"))
+        directory.find(replace(shelf, model_dir=tmp_path / "nowhere"))
     assert "none yet" in str(raised.value.hint)
 
 
 def test_the_default_model(shelf: Settings, own_shelf: Settings) -> None:
-    assert models.find(replace(shelf, model_name=MPNET)).name == MPNET
-    assert models.find(own_shelf).name == MPNET, "the only one there is"
+    assert directory.find(replace(shelf, model_name=MPNET)).name == MPNET
+    assert directory.find(own_shelf).name == MPNET, "the only one there is"
     with pytest.raises(UnknownModel, match="all-mpnet-base-v2"):
-        models.find(shelf)
+        directory.find(shelf)
 
 
 def test_the_dimensions_are_checked(own_shelf: Settings) -> None:
-    assert models.find(replace(own_shelf, dimensions=32)).dimensions == 32
+    assert directory.find(replace(own_shelf, dimensions=32)).dimensions == 32
     with pytest.raises(WrongDimensions, match=r"is 768, but model .* has 32"):
-        models.find(replace(own_shelf, dimensions=768))
+        directory.find(replace(own_shelf, dimensions=768))
 
 
 def test_the_length_decides_the_fingerprint_and_is_capped_by_positions(own_shelf: Settings) -> None:
-    default = models.find(own_shelf)
-    shorter = models.find(replace(own_shelf, max_seq_length=16))
-    longer = models.find(replace(own_shelf, max_seq_length=4096))
+    default = directory.find(own_shelf)
+    shorter = directory.find(replace(own_shelf, max_seq_length=16))
+    longer = directory.find(replace(own_shelf, max_seq_length=4096))
     assert (default.max_tokens, shorter.max_tokens, longer.max_tokens) == (48, 16, 64)
     assert len({default.fingerprint, shorter.fingerprint, longer.fingerprint}) == 3
-    assert models.find(replace(own_shelf, max_seq_length=48)).fingerprint == default.fingerprint
+    assert directory.find(replace(own_shelf, max_seq_length=48)).fingerprint == default.fingerprint
 
 
 def test_a_fingerprint_does_not_depend_on_name_time_or_documents(folders: dict[str, Path], own_shelf: Settings) -> None:
-    before = models.find(own_shelf, MPNET).fingerprint
-    install.add(folders[MPNET], own_shelf.model_dir, name="twin")
-    assert models.find(own_shelf, "twin").fingerprint == before
+    before = directory.find(own_shelf, MPNET).fingerprint
+    add_model(folders[MPNET], own_shelf.model_dir, name="twin")
+    assert directory.find(own_shelf, "twin").fingerprint == before
 
 
 def test_a_folder_without_manifest_is_no_model(own_shelf: Settings) -> None:
     (own_shelf.model_dir / "raw").mkdir()
     with pytest.raises(BrokenModel, match="was not added"):
-        models.find(own_shelf, "raw")
-    assert models.catalog(own_shelf)[0].status == "unregistered"
-    assert models.find(own_shelf).name == MPNET
+        directory.find(own_shelf, "raw")
+    assert directory.catalog(own_shelf)[0].status == "unregistered"
+    assert directory.find(own_shelf).name == MPNET
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"format": 99}', '{"format": 1, "name": "x"}'])
 def test_a_damaged_manifest_is_said(own_shelf: Settings, content: str) -> None:
     (own_shelf.model_dir / MPNET / manifest.FILE).write_text(content)
     with pytest.raises(BrokenModel, match=r"autoembed\.json"):
-        models.find(own_shelf, MPNET)
-    assert models.catalog(own_shelf)[0].status.startswith("broken: ")
+        directory.find(own_shelf, MPNET)
+    assert directory.catalog(own_shelf)[0].status.startswith("broken: ")
 
 
 def test_a_missing_file_is_said(own_shelf: Settings) -> None:
     (own_shelf.model_dir / MPNET / "model.safetensors").unlink()
     with pytest.raises(BrokenModel, match=r"model\.safetensors is missing"):
-        models.find(own_shelf, MPNET)
-    assert "model.safetensors is missing" in models.catalog(own_shelf)[0].status
+        directory.find(own_shelf, MPNET)
+    assert "model.safetensors is missing" in directory.catalog(own_shelf)[0].status
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
@@ -133,9 +137,9 @@ def test_a_closed_directory_is_said(own_shelf: Settings) -> None:
     own_shelf.model_dir.chmod(0)
     try:
         with pytest.raises(UnreadableModel) as raised:
-            models.find(own_shelf, MPNET)
+            directory.find(own_shelf, MPNET)
         with pytest.raises(UnreadableModel):
-            models.catalog(own_shelf)
+            directory.catalog(own_shelf)
     finally:
         own_shelf.model_dir.chmod(0o755)
     assert raised.value.sqlstate == "58P01"
@@ -154,8 +158,8 @@ def corrupt(path: Path) -> None:
 def test_a_changed_bit_is_refused(own_shelf: Settings, file: str) -> None:
     time.sleep(0.02)  # beyond the clock's tick
     corrupt(own_shelf.model_dir / MPNET / file)
-    model = models.find(own_shelf, MPNET)
-    for check in (models.verify, models.check_files, lambda model: models.load(model, own_shelf)):
+    model = directory.find(own_shelf, MPNET)
+    for check in (directory.verify, directory.check_files, lambda model: load_encoder(model, own_shelf)):
         with pytest.raises(ChangedModel, match=file) as raised:
             check(model)
         assert raised.value.sqlstate == "55000"
@@ -164,20 +168,20 @@ def test_a_changed_bit_is_refused(own_shelf: Settings, file: str) -> None:
 def test_another_size_shows_in_the_catalog(own_shelf: Settings) -> None:
     with (own_shelf.model_dir / MPNET / "config.json").open("a") as file:
         file.write(" ")
-    assert models.catalog(own_shelf)[0].status == "broken: config.json has another size"
+    assert directory.catalog(own_shelf)[0].status == "broken: config.json has another size"
 
 
 def test_a_file_too_many_is_refused(own_shelf: Settings) -> None:
     (own_shelf.model_dir / MPNET / "adapter_config.json").write_text("{}")
     with pytest.raises(ChangedModel, match=r"adapter_config\.json was not there"):
-        models.check_files(models.find(own_shelf, MPNET))
-    assert models.catalog(own_shelf)[0].status.startswith("broken: ")
+        directory.check_files(directory.find(own_shelf, MPNET))
+    assert directory.catalog(own_shelf)[0].status.startswith("broken: ")
 
 
 def test_a_touched_file_is_hashed_once_by_each_process_until_verify_renews_its_stamp(
     own_shelf: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models.find(own_shelf, MPNET)
+    model = directory.find(own_shelf, MPNET)
     (model.path / "config.json").touch()
     hashed: list[str] = []
     real = manifest.sha256
@@ -187,27 +191,27 @@ def test_a_touched_file_is_hashed_once_by_each_process_until_verify_renews_its_s
         return real(path)
 
     monkeypatch.setattr(manifest, "sha256", watched)
-    models.check_files(model)
-    models.check_files(model)
+    directory.check_files(model)
+    directory.check_files(model)
     assert hashed == ["config.json"]
-    models.HASHED.clear()  # as another process
-    models.check_files(model)
+    directory.HASHED.clear()  # as another process
+    directory.check_files(model)
     assert hashed == ["config.json", "config.json"]
-    models.verify(model)
+    directory.verify(model)
     hashed.clear()
-    models.HASHED.clear()
-    models.check_files(model)
+    directory.HASHED.clear()
+    directory.check_files(model)
     assert hashed == []
-    assert models.find(own_shelf, MPNET) == model
+    assert directory.find(own_shelf, MPNET) == model
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everything")
 def test_verify_works_for_who_may_only_read(own_shelf: Settings) -> None:
-    model = models.find(own_shelf, MPNET)
+    model = directory.find(own_shelf, MPNET)
     (model.path / "config.json").touch()
     model.path.chmod(0o555)
     try:
-        models.verify(model)
+        directory.verify(model)
     finally:
         model.path.chmod(0o755)
 
@@ -215,7 +219,7 @@ def test_verify_works_for_who_may_only_read(own_shelf: Settings) -> None:
 def test_weights_beyond_the_memory_limit_are_not_loaded(shelf: Settings) -> None:
     current = replace(shelf, max_memory_mb=50)
     with pytest.raises(OutOfMemory, match="86 MB, and EMBEDDING_MAX_MEMORY_MB is 50"):
-        models.load(models.find(current, "all-MiniLM-L6-v2"), current)
+        load_encoder(directory.find(current, "all-MiniLM-L6-v2"), current)
 
 
 def test_the_catalog_shows_every_folder(own_shelf: Settings) -> None:
@@ -223,24 +227,24 @@ def test_the_catalog_shows_every_folder(own_shelf: Settings) -> None:
     (own_shelf.model_dir / "no name").mkdir()
     (own_shelf.model_dir / ".tiny-mpnet.half").mkdir()
     (own_shelf.model_dir / "a-file").write_text("")
-    found = {entry.name: entry for entry in models.catalog(own_shelf)}
+    found = {entry.name: entry for entry in directory.catalog(own_shelf)}
     assert {name: entry.status for name, entry in found.items()} == {
         MPNET: "ready",
         "raw": "unregistered",
         "no name": "broken: not a model's name",
     }
-    assert found[MPNET].fingerprint == models.find(own_shelf, MPNET).fingerprint
+    assert found[MPNET].fingerprint == directory.find(own_shelf, MPNET).fingerprint
     assert found[MPNET].note == "served by the packed encoder; vocab.txt to tokenizer.json"
 
 
 def test_without_a_directory_the_catalog_is_empty(tmp_path: Path) -> None:
-    assert models.catalog(settings.read({"EMBEDDING_MODEL_DIR": str(tmp_path / "nowhere")})) == []
+    assert directory.catalog(settings.read({"EMBEDDING_MODEL_DIR": str(tmp_path / "nowhere")})) == []
 
 
 def test_every_error_of_finding_is_ours(own_shelf: Settings) -> None:
     for name in ("x", "x/y", "", "raw"):
         with pytest.raises(AutoembedError):
-            models.find(own_shelf, name)
+            directory.find(own_shelf, name)
 
 
 @pytest.mark.parametrize("collecting", [True, False])

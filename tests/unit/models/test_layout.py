@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import layout
 from autoembed.errors import AutoembedError, BrokenModel, MissingFile, RemoteCode, UnsupportedModel
+from autoembed.models import layout
 from models_for_tests import write_json, write_modules
 
 

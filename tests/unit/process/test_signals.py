@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from autoembed.signals import kept
+from autoembed.process.signals import kept
 
 HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_int)
 

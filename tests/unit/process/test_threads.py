@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import threads
-from autoembed.threads import Policy
+from autoembed.process import threads
+from autoembed.process.threads import Policy
 
 BULK = 4000
 

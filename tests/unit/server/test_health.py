@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from autoembed import cpu, device, health, preload
-from autoembed.health import FAIL, OK, WARN, Check
+from autoembed.process import cpu, device
+from autoembed.server import health, preloaded
+from autoembed.server.health import FAIL, OK, WARN, Check
 from autoembed.settings import Settings
 from support.rigging import add_stub
 
@@ -116,7 +117,7 @@ def test_which_encoder(shelf: Settings) -> None:
 
 
 def test_package_that_is_missing(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "PACKED", ("torch", "no_such_package"))
+    monkeypatch.setattr(health, "PACKED_NEEDS", ("torch", "no_such_package"))
     found = look(environ, "encoder")
     assert found.status == FAIL
     assert "the Python package no_such_package is not installed" in found.message
@@ -142,13 +143,13 @@ def test_torch_that_is_not_loaded(environ: dict[str, str], monkeypatch: pytest.M
 
 
 def test_preload_that_failed(environ: dict[str, str]) -> None:
-    gd = {preload.KEY: preload.Preloaded(1, problems={"stub-large": "it is broken"})}
+    gd = {preloaded.KEY: preloaded.Preloaded(1, problems={"stub-large": "it is broken"})}
     found = health.examine(gd, environ)["preload"]
     assert found == Check(WARN, "stub-large not loaded: it is broken", found.hint)
 
 
 def test_default_model_that_is_not_preloaded(environ: dict[str, str]) -> None:
-    gd = {preload.KEY: preload.Preloaded(1)}
+    gd = {preloaded.KEY: preloaded.Preloaded(1)}
     found = health.examine(gd, environ)["preload"]
     assert found.status == WARN
     assert 'the default model "stub-large" is not preloaded' in found.message

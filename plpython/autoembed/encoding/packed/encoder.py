@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from autoembed import cpu, head, memory, threads
-from autoembed import layout as layouts
-from autoembed.encoder import Tokenized
+from autoembed.encoding.packed import pooling
+from autoembed.encoding.packed.int8 import QuantizedNetwork, quantize
+from autoembed.encoding.packed.network import Network, Packed, Shape, UnsupportedNetwork
+from autoembed.encoding.packed.tokenizer import TextTokenizer
+from autoembed.encoding.protocol import Tokenized
 from autoembed.errors import BrokenModel, OutOfMemory
-from autoembed.network import Network, Packed, Shape, UnsupportedNetwork
-from autoembed.quantized import QuantizedNetwork, quantize
-from autoembed.tokens import TextTokenizer
+from autoembed.models import layout as layouts
+from autoembed.process import cpu, memory, threads
 
 if TYPE_CHECKING:
-    from autoembed.layout import Layout
-    from autoembed.models import Model
+    from autoembed.models.layout import Layout
+    from autoembed.models.model import Model
     from autoembed.settings import Settings
 
 # Each pass reads all weights once: fewer tokens would read them more often, and more gain nothing but take memory.
@@ -42,7 +43,7 @@ class Loaded:
 
     def __init__(self, layout: Layout, max_tokens: int, precision: str) -> None:
         shape = Shape.read(layout.config)
-        self.pool, self.heads = head.read(layout, mapped)
+        self.pool, self.heads = pooling.read(layout, mapped)
         self.network = NETWORKS[precision](shape, mapped(layout.transformer, PREPARED.get(precision)))
         self.tokenizer = TextTokenizer(layouts.tokenizer_file(layout), max_tokens)
 

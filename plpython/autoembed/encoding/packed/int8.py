@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from autoembed import kernels
-from autoembed.kernels import pointer, pointers
-from autoembed.network import (
+from autoembed.encoding.packed import kernels
+from autoembed.encoding.packed.kernels import pointer, pointers
+from autoembed.encoding.packed.network import (
     LayerNames,
     Linear,
     Look,

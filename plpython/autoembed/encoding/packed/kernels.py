@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-LIBRARY = "autoembed._kernels"
+LIBRARY = "autoembed.encoding.packed._kernels"
 
 
 @cache

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoembed import kernels
-from autoembed.kernels import pointers
+from autoembed.encoding.packed import kernels
+from autoembed.encoding.packed.kernels import pointers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoembed.layout import Layout, Module, read_json
-from autoembed.network import Packed, UnsupportedNetwork
+from autoembed.encoding.packed.network import Packed, UnsupportedNetwork
+from autoembed.models.layout import Layout, Module, read_json
 
 Head = Callable[[Tensor], Tensor]
 Pooling = Callable[[Tensor, Packed], Tensor]

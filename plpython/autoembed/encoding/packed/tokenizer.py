@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autoembed.encoder import Tokenized
+from autoembed.encoding.protocol import Tokenized
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from autoembed import kernels, network
-from autoembed.cpu import flags as cpu_flags
-from autoembed.network import Attention, Packed, Shape, Workspace
+from autoembed.encoding.packed import kernels, network
+from autoembed.encoding.packed.network import Attention, Packed, Shape, Workspace
+from autoembed.process.cpu import flags as cpu_flags
 
 SOURCE = Path(network.__file__).with_name("attention.c")
 # What the compiled code is told of the processor: its flags are compared by a letter that only avx512f has there.

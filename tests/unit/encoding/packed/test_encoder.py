@@ -18,14 +18,18 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import models_for_tests as made
-from autoembed import install, models, packed, settings
-from autoembed import layout as layouts
-from autoembed import manifest as manifests
-from autoembed.batching import Vector, encode_all
-from autoembed.network import Shape, UnsupportedNetwork
-from autoembed.packed import Loaded, PackedEncoder
+from autoembed import settings
+from autoembed.adding.add import add_model
+from autoembed.encoding.batching import Vector, encode_all
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.packed import encoder as packed
+from autoembed.encoding.packed.encoder import Loaded, PackedEncoder
+from autoembed.encoding.packed.network import Shape, UnsupportedNetwork
+from autoembed.encoding.reference import StEncoder
+from autoembed.models import directory as model_directory
+from autoembed.models import layout as layouts
+from autoembed.models import manifest as manifests
 from autoembed.settings import Settings
-from autoembed.st_encoder import StEncoder
 from unit import lively
 
 NAMES = ("tiny-bert", "tiny-mpnet", "tiny-codebert", "tiny-bge-m3", "all-MiniLM-L6-v2")
@@ -41,7 +45,7 @@ def lively_shelf(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     for make in (lively.tiny_bert, made.tiny_mpnet, made.tiny_roberta, made.tiny_xlmr):
         lively.enliven(make(published))
     for folder in sorted(published.iterdir()):
-        install.add(folder, directory)
+        add_model(folder, directory)
     return settings.read({"EMBEDDING_MODEL_DIR": str(directory), "EMBEDDING_DEVICE": "cpu"})
 
 
@@ -49,7 +53,7 @@ def lively_shelf(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def packed_one(lively_shelf: Settings) -> Callable[[str], PackedEncoder]:
     @cache
     def open_one(name: str) -> PackedEncoder:
-        encoder = models.load(models.find(lively_shelf, name), lively_shelf)
+        encoder = load_encoder(model_directory.find(lively_shelf, name), lively_shelf)
         assert isinstance(encoder, PackedEncoder)
         return encoder
 
@@ -252,13 +256,13 @@ def test_what_is_not_computed_here_is_served_by_sentence_transformers_and_says_w
 ) -> None:
     folder = make(tmp_path / "published")
     current = settings.read({"EMBEDDING_MODEL_DIR": str(tmp_path / "shelf"), "EMBEDDING_DEVICE": "cpu"})
-    install.add(folder, current.model_dir)
+    add_model(folder, current.model_dir)
     assert why in manifests.read(current.model_dir / folder.name).encoder_note
-    (entry,) = models.catalog(current)
+    (entry,) = model_directory.catalog(current)
     assert entry.status == "ready"
     assert "served by sentence-transformers" in str(entry.note)
     assert why in str(entry.note)
-    encoder = models.load(models.find(current, folder.name), current)
+    encoder = load_encoder(model_directory.find(current, folder.name), current)
     assert isinstance(encoder, StEncoder)
     (vector,) = encode_all(encoder, ["vacuum"], prompt="", checkpoint=nothing)
     assert isinstance(vector, Vector)
@@ -266,7 +270,9 @@ def test_what_is_not_computed_here_is_served_by_sentence_transformers_and_says_w
 
 
 def test_the_packed_encoder_says_that_it_serves(lively_shelf: Settings) -> None:
-    assert {str(entry.note).split(";")[0] for entry in models.catalog(lively_shelf)} == {"served by the packed encoder"}
+    assert {str(entry.note).split(";")[0] for entry in model_directory.catalog(lively_shelf)} == {
+        "served by the packed encoder"
+    }
 
 
 @pytest.mark.parametrize(
@@ -297,7 +303,7 @@ encode = lambda one, texts: encode_all(one, texts, prompt="", checkpoint=lambda:
 status = lambda field: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 new_peak = lambda: Path("/proc/self/clear_refs").write_text("5")
 """
-    path = {"PYTHONPATH": str(Path(models.__file__).parents[1])}
+    path = {"PYTHONPATH": str(Path(model_directory.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", prelude + code],
         capture_output=True,

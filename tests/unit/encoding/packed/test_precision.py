@@ -13,16 +13,20 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 import models_for_tests as made
-from autoembed import cpu, install, models, packed
-from autoembed import layout as layouts
-from autoembed.batching import Failure, Vector, encode_all
-from autoembed.convert import Options
-from autoembed.encoder import Encoder
+from autoembed.adding.add import add_model
+from autoembed.adding.convert import Options
+from autoembed.encoding.batching import Failure, Vector, encode_all
+from autoembed.encoding.load import load_encoder
+from autoembed.encoding.packed import encoder as packed
+from autoembed.encoding.packed.int8 import OUTLIERS, Kernels, Rows, Weight, quantized
+from autoembed.encoding.packed.network import Workspace
+from autoembed.encoding.protocol import Encoder
 from autoembed.errors import BrokenModel, InvalidOption
-from autoembed.network import Workspace
-from autoembed.quantized import OUTLIERS, Kernels, Rows, Weight, quantized
+from autoembed.models import directory
+from autoembed.models import layout as layouts
+from autoembed.process import cpu
 from autoembed.settings import Settings
-from unit.test_encoder import TEXTS
+from unit.encoding.test_reference import TEXTS
 
 EVERY = frozenset().union(*cpu.NEEDED.values())
 TEXT = "Write-ahead logging makes a crash survivable: what was committed is written again from the log. "
@@ -37,8 +41,8 @@ def add(tmp_path: Path, shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> Add
 
     def make(folder: Path, precision: str) -> Encoder:
         name = f"{folder.name}-{precision}"
-        install.add(folder, current.model_dir, name=name, options=Options(precision=precision))
-        return models.load(models.find(current, name), current)
+        add_model(folder, current.model_dir, name=name, options=Options(precision=precision))
+        return load_encoder(directory.find(current, name), current)
 
     return make
 
@@ -91,7 +95,7 @@ def test_the_weights_of_a_precision_replace_the_published(add: Add, load: Add, f
     assert weights == ["int8.safetensors"]
     assert encoder.model.precision == "int8"
     assert encoder.model.fingerprint != load("all-MiniLM-L6-v2").model.fingerprint
-    models.verify(encoder.model)
+    directory.verify(encoder.model)
 
 
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
@@ -101,9 +105,9 @@ def test_a_precision_that_the_processor_emulates_is_refused(
     model = add(folders["tiny-mpnet"], precision).model
     monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2"}))
     with pytest.raises(BrokenModel, match=f"{precision} would be slower than float32"):
-        models.load(model, shelf)
+        load_encoder(model, shelf)
     with pytest.raises(InvalidOption, match="--precision must be float32 here"):
-        install.add(folders["tiny-mpnet"], model.path.parent, name="other", options=Options(precision=precision))
+        add_model(folders["tiny-mpnet"], model.path.parent, name="other", options=Options(precision=precision))
     assert not (model.path.parent / "other").exists()
 
 

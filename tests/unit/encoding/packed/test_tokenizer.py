@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
-from autoembed import layout as layouts
-from autoembed import tokens
+from autoembed.encoding.packed import tokenizer
+from autoembed.encoding.packed.tokenizer import TextTokenizer
+from autoembed.models import layout as layouts
 from autoembed.settings import Settings
-from autoembed.tokens import TextTokenizer
 from unit import lively
 
 NAMES = ("all-MiniLM-L6-v2", "tiny-codebert", "tiny-bge-m3", "tiny-mpnet")
@@ -58,8 +58,8 @@ def test_tokens_are_counted_over_pieces(
     shelf: Settings, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Pieces end before white space, where words end as well."""
-    monkeypatch.setattr(tokens, "PIECE", 512)
-    monkeypatch.setattr(tokens, "PIECE_PER_TOKEN", 32)
+    monkeypatch.setattr(tokenizer, "PIECE", 512)
+    monkeypatch.setattr(tokenizer, "PIECE_PER_TOKEN", 32)
     text = "vacuum removes dead rows,\nand Straße and 漢字 " * 200
     (found,) = open_one(shelf, name).tokenize([text])
     expected = oracle(name)(text)["input_ids"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from autoembed.network import NORMED_AT_ONCE, Norm, Workspace
+from autoembed.encoding.packed.network import NORMED_AT_ONCE, Norm, Workspace
 
 
 def test_matrices_side_by_side_take_the_place_of_one() -> None:
