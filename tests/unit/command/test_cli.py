@@ -35,7 +35,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    variables |= {"PYTHONPATH": str(Path(cli.__file__).parents[1]), **environment}
+    variables |= {"PYTHONPATH": str(Path(cli.__file__).parents[2]), **environment}
     command = [sys.executable, "-m", "autoembed", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
 

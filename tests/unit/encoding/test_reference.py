@@ -168,11 +168,13 @@ def test_nothing_reaches_for_the_network(
 def test_a_fresh_process_loads_without_leaving_python_threads_and_closes(shelf: Settings) -> None:
     code = f"""
 import os, sys, threading
-from autoembed import models, settings
+from autoembed import settings
+from autoembed.encoding.load import load_encoder
+from autoembed.models.directory import find
 directory = {str(shelf.model_dir)!r}
 environ = {{"EMBEDDING_MODEL_DIR": directory, "EMBEDDING_THREADS": "1", "EMBEDDING_DEVICE": "cpu"}}
 current = settings.read(environ)
-encoder = models.load(models.find(current, "tiny-mpnet"), current)
+encoder = load_encoder(find(current, "tiny-mpnet"), current)
 encoder.encode(encoder.tokenize(["one", "two"]), lambda: None)
 import torch
 assert torch.get_num_threads() == 1
@@ -182,7 +184,7 @@ assert os.environ["HF_HUB_OFFLINE"] == os.environ["TRANSFORMERS_OFFLINE"] == "1"
 encoder.close()
 """
     single = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[1])} | single
+    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[2])} | single
     environment = {key: value for key, value in environment.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -43,16 +43,17 @@ def test_finding_tells_what_the_manifest_knows(shelf: Settings) -> None:
 def test_finding_takes_milliseconds_and_imports_nothing_heavy(shelf: Settings) -> None:
     code = f"""
 import sys, time
-from autoembed import errors, models, settings
+from autoembed import errors, settings
+from autoembed.models import directory
 current = settings.read({{"EMBEDDING_MODEL_DIR": {str(shelf.model_dir)!r}}})
-models.find(current, {MPNET!r}), models.catalog(current)
+directory.find(current, {MPNET!r}), directory.catalog(current)
 start = time.perf_counter()
-models.find(current, {MPNET!r})
+directory.find(current, {MPNET!r})
 print((time.perf_counter() - start) * 1000)
 heavy = {{"torch", "numpy", "transformers", "sentence_transformers", "tokenizers", "huggingface_hub"}}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
-    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(directory.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 50

@@ -295,15 +295,17 @@ def in_a_process(code: str, directory: Path, **environment: str) -> str:
     prelude = f"""
 import os, sys
 from pathlib import Path
-from autoembed import models, settings
-from autoembed.batching import encode_all
+from autoembed import settings
+from autoembed.encoding.load import load_encoder
+from autoembed.models.directory import find
+from autoembed.encoding.batching import encode_all
 current = settings.read({{"EMBEDDING_MODEL_DIR": {str(directory)!r}, "EMBEDDING_DEVICE": "cpu"}})
-encoder = lambda name: models.load(models.find(current, name), current)
+encoder = lambda name: load_encoder(find(current, name), current)
 encode = lambda one, texts: encode_all(one, texts, prompt="", checkpoint=lambda: None)
 status = lambda field: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
 new_peak = lambda: Path("/proc/self/clear_refs").write_text("5")
 """
-    path = {"PYTHONPATH": str(Path(model_directory.__file__).parents[1])}
+    path = {"PYTHONPATH": str(Path(model_directory.__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", prelude + code],
         capture_output=True,
