@@ -57,12 +57,14 @@ class Claims:
         found = run(
             self.connection,
             "select keys::text[], locks, cursor::text, inflight"
-            " from autoembed.candidates(%s::autoembed.shape, %s::jsonb, %s)",
+            " from autoembed.candidates(%s::autoembed.column_sql, %s::jsonb, %s)",
             self.shape, after, BATCH,
         ).fetchone()  # fmt: skip
         assert found is not None
         keys, locks, cursor, inflight = found
-        claim = "select cardinality(keys) from autoembed.claim(%s::autoembed.shape, %s, %s::text[]::jsonb[], false)"
+        claim = (
+            "select cardinality(keys) from autoembed.claim(%s::autoembed.column_sql, %s, %s::text[]::jsonb[], false)"
+        )
         claimed = value(self.connection, claim, self.shape, inflight, keys)
         took = 1000 * (time.perf_counter() - started)
         run(self.connection, "commit")
@@ -77,13 +79,13 @@ class Claims:
 
     def frontier(self) -> str | None:
         """The key behind which the next call begins."""
-        query = "select key::text from autoembed.frontier(%s::autoembed.shape)"
+        query = "select key::text from autoembed.frontier(%s::autoembed.column_sql)"
         key: str | None = value(self.connection, query, self.shape)
         return key
 
     def look(self) -> float:
         """Milliseconds of the question that a call and a worker ask before all else."""
-        query = "select autoembed.any_due(%s::autoembed.shape)"
+        query = "select autoembed.any_due(%s::autoembed.column_sql)"
         return 1000 * median(elapsed(lambda: run(self.connection, query, self.shape)) for _ in range(CLAIMS))
 
     def following(self) -> float:

@@ -4,7 +4,7 @@
 -- Those that read or write a user's table must not pin it: the table's own triggers and policies run inside them and
 -- expect the session's. So the pieces built here name every function, operator and type with its schema.
 
-create type autoembed.shape as (
+create type autoembed.column_sql as (
     registration bigint,
     generation bigint,
     relation oid,
@@ -123,7 +123,7 @@ begin atomic
     limit 1;
 end;
 
--- For all that needs to tell rows apart. Where the key is gone there is no shape, and what is made of none is no sql.
+-- For all that needs to tell rows apart. Where the key is gone the caller could make no SQL for the relation.
 create function autoembed.check_key(relation oid) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
@@ -201,14 +201,14 @@ begin atomic
 end;
 
 -- null where the registration, its relation, a column or the key is gone
-create function autoembed.shape_of(registration bigint) returns autoembed.shape
+create function autoembed.column_sql_of(registration bigint) returns autoembed.column_sql
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
-    s autoembed.shape;
+    s autoembed.column_sql;
     k record;
 begin
-    select * into r from autoembed.registration g where g.id = shape_of.registration;
+    select * into r from autoembed.registration g where g.id = column_sql_of.registration;
     if r.id is null or not autoembed.is_sound(r) then
         return null;
     end if;
@@ -293,3 +293,16 @@ begin
     return found_id;
 end
 $$;
+
+create function autoembed.rows_of(relation oid) returns text
+language sql stable
+begin atomic
+    select format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname, c.relname)
+    from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
+end;
+
+create function autoembed.has_text(content text) returns text
+language sql immutable
+begin atomic
+    select format('%s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''', content);
+end;

@@ -54,15 +54,15 @@ $$;
 
 -- Lock the relation against changes of its registration (those take SHARE ROW EXCLUSIVE, as CREATE TRIGGER does) and
 -- check it again: between two transactions it may have been dropped, renamed, given away or swapped for another.
--- Returns the shape of now, null where there is none any more, or one with another model: the caller would mix two
--- models' vectors. To make a shape from the catalogs each time would cost more than the claim itself.
-create function autoembed.enter(s autoembed.shape) returns autoembed.shape
+-- Returns the column_sql of now, null where there is none any more, or one with another model: the caller would mix two
+-- models' vectors. To make a column_sql from the catalogs each time would cost more than the claim itself.
+create function autoembed.lock_column(s autoembed.column_sql) returns autoembed.column_sql
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     fingerprint text := s.fingerprint;
 begin
     if not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
-        s := autoembed.shape_of(s.registration);
+        s := autoembed.column_sql_of(s.registration);
         if s.relation is null or s.fingerprint <> fingerprint or not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
             return null;
         end if;
@@ -83,7 +83,7 @@ end
 $$;
 
 -- Each change of a registration, and each ALTER TABLE of its relation, makes a new generation.
-create function autoembed.is_current(s autoembed.shape) returns boolean
+create function autoembed.is_current(s autoembed.column_sql) returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     return exists (

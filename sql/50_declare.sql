@@ -169,7 +169,7 @@ end;
 create function autoembed.say_existing(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    s autoembed.shape := autoembed.shape_of(registration);
+    s autoembed.column_sql := autoembed.column_sql_of(registration);
     filled boolean;
 begin
     -- planning a query over another's table evaluates his index expressions, with the caller's rights
@@ -203,7 +203,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     declared bigint;
     m record;
-    s autoembed.shape;
+    s autoembed.column_sql;
     other boolean := false;
 begin
     if (coalesce(mode, 'deferred') in ('deferred', 'immediate')) is not true then
@@ -212,7 +212,7 @@ begin
     end if;
     execute format('lock table %s in share row exclusive mode', relation);
     declared := autoembed.find(relation, target);
-    s := autoembed.shape_of(declared);
+    s := autoembed.column_sql_of(declared);
     update autoembed.registration r
     set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled)
     where r.id = declared;
@@ -243,7 +243,7 @@ comment on function embed_column_set(regclass, name, text, text, boolean) is
 create function autoembed.clear(registration bigint) returns void
 language plpgsql volatile as $$
 declare
-    s autoembed.shape := autoembed.shape_of(registration);
+    s autoembed.column_sql := autoembed.column_sql_of(registration);
     filled pg_catalog.bool;
     cleared pg_catalog.int8;
 begin

@@ -2,17 +2,17 @@
 
 -- Is there a row to be tried now, and, where a snapshot is given, one that it does not show?
 -- It waits for no table that somebody holds (an index is built, say): its owner's other tables would wait as well.
-create function autoembed.has_pending(s autoembed.shape, beyond text default null) returns boolean
+create function autoembed.has_pending(s autoembed.column_sql, beyond text default null) returns boolean
 language plpgsql volatile set lock_timeout = '100ms' as $$
 begin
-    s := autoembed.enter(s);
+    s := autoembed.lock_column(s);
     return s.relation is not null and s.enabled and autoembed.any_due(s, beyond);
 end
 $$;
 
 -- A row in the partial index may be blank after all, or held back. A thousand are looked at: should none of so many be
 -- due, a fill finds out about the others.
-create function autoembed.any_due(s autoembed.shape, beyond text default null) returns boolean
+create function autoembed.any_due(s autoembed.column_sql, beyond text default null) returns boolean
 language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
@@ -130,7 +130,7 @@ begin
     pending := false;
     failed := 0;
     for number in select r.id from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation loop
-        select * into found from autoembed.left_over(autoembed.enter(autoembed.shape_of(number)));
+        select * into found from autoembed.left_over(autoembed.lock_column(autoembed.column_sql_of(number)));
         pending := pending or found.untried or (found.waiting operator(pg_catalog.>) 0);
         failed := failed operator(pg_catalog.+) found.failed;
     end loop;
@@ -140,7 +140,7 @@ $$;
 -- One column's: is there a row that could be tried now, how many wait for another try, until when, how many have failed.
 -- Reads one row more than are held back, so it takes no longer with a million rows pending.
 create function autoembed.left_over(
-    s autoembed.shape, out untried boolean, out waiting bigint, out next_try timestamptz, out failed bigint)
+    s autoembed.column_sql, out untried boolean, out waiting bigint, out next_try timestamptz, out failed bigint)
 language plpgsql volatile
     set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$

@@ -6,7 +6,7 @@ create function embed_index(
 returns text
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
+    s autoembed.column_sql := autoembed.column_sql_of(autoembed.find(relation, target));
     place text := (select e.extnamespace::regnamespace from pg_extension e where e.extname = 'vector');
     existing regclass;
     statement text;
@@ -99,7 +99,7 @@ begin
 end
 $$;
 
-create function autoembed.search_statement(s autoembed.shape, filter jsonb) returns text
+create function autoembed.search_statement(s autoembed.column_sql, filter jsonb) returns text
 language sql stable
 begin atomic
     select format(
@@ -134,7 +134,7 @@ begin atomic
 end;
 
 -- The model on disk must still be the one that filled the column: distances between two models' vectors mean nothing.
-create function autoembed.check_model(s autoembed.shape) returns void
+create function autoembed.check_model(s autoembed.column_sql) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
     if (select m.fingerprint from autoembed.model(s.model) m) <> s.fingerprint then
@@ -151,7 +151,7 @@ create function embed_search(
 returns setof record
 language plpgsql stable parallel unsafe rows 10 as $$
 declare
-    s autoembed.shape := autoembed.shape_of(autoembed.find(relation, target));
+    s autoembed.column_sql := autoembed.column_sql_of(autoembed.find(relation, target));
     question pg_catalog.text;
     former pg_catalog.text[];
 begin

@@ -22,7 +22,7 @@ declare
     r autoembed.registration;
 begin
     for r in select g.* from autoembed.registration g where g.enabled and autoembed.is_own(g.relation) loop
-        if autoembed.probe(r) and autoembed.any_due(autoembed.shape_of(r.id)) then
+        if autoembed.probe(r) and autoembed.any_due(autoembed.column_sql_of(r.id)) then
             return true;
         end if;
     end loop;
@@ -30,7 +30,7 @@ begin
 end
 $$;
 
--- Is a row in the partial index? Without a shape: to make one takes longer than all the rest of a tick.
+-- Is a row in the partial index? Without a column_sql: to make one takes longer than all the rest of a tick.
 create function autoembed.probe(r autoembed.registration, mode text default 'row exclusive mode') returns boolean
 language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
 declare
@@ -47,13 +47,6 @@ begin
     return found;
 end
 $$;
-
-create function autoembed.rows_of(relation oid) returns text
-language sql stable
-begin atomic
-    select format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname, c.relname)
-    from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace where c.oid = relation;
-end;
 
 -- null where the library is not loaded, '' where the caller may not know
 create function autoembed.cron_setting(name text) returns text

@@ -36,18 +36,12 @@ begin atomic
                            greatest(0, round(extract(epoch from l.next_try - clock_timestamp())))) end), '; ' order by c.target)
     from autoembed.registration r
     join @extschema@.embedding_columns c on c.relation = r.relation::regclass and c.target = autoembed.column_name(r.relation, r.target)
-    cross join lateral autoembed.left_over(autoembed.shape_of(r.id)) l
+    cross join lateral autoembed.left_over(autoembed.column_sql_of(r.id)) l
     where r.relation = why_left.relation and (l.untried or l.waiting > 0);
 end;
 
-create function autoembed.has_text(content text) returns text
-language sql immutable
-begin atomic
-    select format('%s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''', content);
-end;
-
 -- up to 100,001 entries of the partial index
-create function autoembed.indexed_count(s autoembed.shape) returns bigint
+create function autoembed.indexed_count(s autoembed.column_sql) returns bigint
 language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
     found pg_catalog.int8;
@@ -80,7 +74,7 @@ begin atomic
 end;
 
 create function autoembed.count_rows(
-    s autoembed.shape, percent double precision, out rows bigint, out filled bigint, out waiting bigint)
+    s autoembed.column_sql, percent double precision, out rows bigint, out filled bigint, out waiting bigint)
 language plpgsql volatile as $$
 begin
     execute pg_catalog.format(
@@ -101,7 +95,7 @@ begin atomic
     with looked (s, percent) as materialized (
         select s, case when autoembed.row_estimate(s.relation) <= 100000 then 100
                   else least(100, 100 * 1000.0 / greatest(autoembed.page_count(s.relation), 1)) end::double precision
-        from autoembed.shape_of(registration) s
+        from autoembed.column_sql_of(registration) s
     ), counted as materialized (
         select c.*, l.percent / 100 as share, case when l.percent < 100 then autoembed.indexed_count(l.s) end as indexed
         from looked l, autoembed.count_rows(l.s, l.percent) c
@@ -159,7 +153,7 @@ end;
 create function autoembed.oldest_pending(registration bigint) returns timestamptz
 language plpgsql volatile set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off as $$
 declare
-    s autoembed.shape := autoembed.shape_of(registration);
+    s autoembed.column_sql := autoembed.column_sql_of(registration);
     oldest pg_catalog.timestamptz;
 begin
     if pg_catalog.current_setting('track_commit_timestamp') operator(pg_catalog.<>) 'on' then
@@ -237,5 +231,5 @@ join autoembed.registration r on r.id = t.registration;
 create function autoembed.pending_count(registration bigint) returns bigint
 language sql volatile
 begin atomic
-    select autoembed.indexed_count(autoembed.shape_of(registration));
+    select autoembed.indexed_count(autoembed.column_sql_of(registration));
 end;

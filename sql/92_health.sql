@@ -59,7 +59,7 @@ begin
     if not autoembed.is_own(r.relation) then
         return (select k.pending from autoembed.known_counts(r) k) operator(pg_catalog.>) 0;
     end if;
-    return autoembed.probe(r, 'access share mode') and autoembed.any_due(autoembed.shape_of(r.id));
+    return autoembed.probe(r, 'access share mode') and autoembed.any_due(autoembed.column_sql_of(r.id));
 end
 $$;
 
@@ -152,7 +152,7 @@ end;
 
 -- Since when a row waits, or longer. With track_commit_timestamp that is known of each row; without it, of those that
 -- were there at the last checkpoint. Rows that have failed, and texts that are blank after all, wait for nothing.
-create function autoembed.waits_since(s autoembed.shape) returns timestamptz
+create function autoembed.waits_since(s autoembed.column_sql) returns timestamptz
 language plpgsql volatile
     set enable_seqscan = off set enable_bitmapscan = off set enable_sort = off set jit = off
     set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
@@ -202,7 +202,7 @@ begin atomic
     with job as materialized (select j.role, min(j.every) as every from autoembed.jobs() j group by j.role),
     looked as materialized (
         select format('%s.%I', r.relation::regclass, autoembed.column_name(r.relation, r.target)) as label,
-               autoembed.waits_since(autoembed.shape_of(r.id)) as since,
+               autoembed.waits_since(autoembed.column_sql_of(r.id)) as since,
                (select max(u.finished) from autoembed.run u where u.registration = r.id and u.embedded > 0) as embedded,
                clock_timestamp() - patience - 2 * coalesce((select j.every from job j where j.role = current_user), '0') as bound
         from autoembed.registration r

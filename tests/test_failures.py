@@ -410,7 +410,7 @@ def test_lock_timeout_while_a_suspect_flies_blames_nobody(
 ) -> None:
     declared(texts=texts(5))
     other = connect()
-    other.execute("select pg_advisory_lock(autoembed.air_lock())")
+    other.execute("select pg_advisory_lock(autoembed.solo_lock())")
     db.execute("set lock_timeout = '50ms'")
     with pytest.raises(errors.LockNotAvailable):
         fill(db)

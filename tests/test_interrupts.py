@@ -189,7 +189,7 @@ def test_client_that_goes_away_leaves_nothing(db: Connection, connect: Connect, 
 # --- while claiming and writing --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("obstacle", ["lock table knowledge", "select pg_advisory_xact_lock(autoembed.air_lock())"])
+@pytest.mark.parametrize("obstacle", ["lock table knowledge", "select pg_advisory_xact_lock(autoembed.solo_lock())"])
 def test_cancel_while_claiming(
     db: Connection, connect: Connect, declared: Knowledge, worker: Worker, obstacle: str
 ) -> None:

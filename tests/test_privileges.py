@@ -398,11 +398,12 @@ def test_state_of_anothers_table(cast: Connection, state: str, role: str) -> Non
 def test_filler_cannot_park_rows(cast: Connection) -> None:
     """By no inner function either: the row stays pending and the owner's fill takes it."""
     registration = scalar(cast, "select id from autoembed.registration")
-    shape = scalar(cast, "select autoembed.shape_of(%s)::text", [registration])
+    shape = scalar(cast, "select autoembed.column_sql_of(%s)::text", [registration])
     with acting_as(cast, "filler"):
         refusal(cast, "select autoembed.fail(%s, '[2]', sha256('two'), 'crashed', 'm')", [registration])
         cast.execute(
-            "select autoembed.take_off(%s::autoembed.shape, 1, true, array['[2]'::jsonb], array[sha256('two')])",
+            "select autoembed.record_inflight("
+            "%s::autoembed.column_sql, 1, true, array['[2]'::jsonb], array[sha256('two')])",
             [shape],
         )
         cast.execute("select autoembed.recover(%s)", [registration])

@@ -68,13 +68,13 @@ def fail_all(connection: Connection) -> None:
 def pages(connection: Connection, after: str | None = None) -> int:
     """How many pages finding the next 32 rows touches, plans and checks of rights included."""
     return touched(
-        connection, "select c.cursor from {}, autoembed.candidates(s.shape::autoembed.shape, %s, 32) c", after
+        connection, "select c.cursor from {}, autoembed.candidates(s.shape::autoembed.column_sql, %s, 32) c", after
     )
 
 
 def pages_of_a_look(connection: Connection) -> int:
     """How many pages the question touches whether a row is to be tried."""
-    return touched(connection, "select autoembed.any_due(s.shape::autoembed.shape) from {}")
+    return touched(connection, "select autoembed.any_due(s.shape::autoembed.column_sql) from {}")
 
 
 def touched(connection: Connection, query: str, *arguments: object) -> int:

@@ -85,7 +85,7 @@ CHANGES = {
         "10_state.sql", "create index run_finished on autoembed.run (finished)", "index autoembed.run_finished"
     ),
     "function": change(
-        "70_protocol.sql",
+        "72_write.sql",
         "attempts < 5",
         "attempts < 6",
         "replace function autoembed.next_try",
@@ -116,7 +116,7 @@ CHANGES = {
         "function @extschema@.embed_unload()",
     ),
     "event trigger": change(
-        "60_triggers.sql",
+        "63_ddl_events.sql",
         DDL_TAGS,
         DDL_TAGS.replace("'ALTER TYPE'", "'ALTER TYPE', 'ALTER DOMAIN'"),
         "drop event trigger autoembed_on_ddl; create event trigger autoembed_on_ddl on ddl_command_end "
@@ -153,11 +153,11 @@ CHANGES = {
 # It travels through the package as text, so a change of it is a change of the interface between SQL and package.
 LATER_CHANGES = {
     "attribute": change(
-        "20_shape.sql",
+        "20_column_sql.sql",
         "    beyond text             -- condition: row t comes after the key $1\n);",
         "    beyond text,            -- condition: row t comes after the key $1\n    note text\n);",
-        "alter type autoembed.shape add attribute note text",
-        "type autoembed.shape",
+        "alter type autoembed.column_sql add attribute note text",
+        "type autoembed.column_sql",
         "function autoembed.own_counts(bigint)",
     ),
     "function bound to the type": change(  # its stored form lists the attributes

@@ -46,7 +46,7 @@ class Column:
     model: str
     fingerprint: str
     dimensions: int
-    shape: str
+    column_sql: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Round:
 
 
 class Database(Protocol):
-    """The rows' side: each method but the last three is one function of sql/70_protocol.sql."""
+    """The rows' side: each method but the last three is one function of sql/70_locks.sql to 74_frontier.sql."""
 
     error: type[Exception]
 

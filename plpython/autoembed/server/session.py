@@ -559,7 +559,7 @@ class Progress:
 
 
 def column_of(row: Any) -> Column:
-    names = ("registration", "label", "model", "fingerprint", "dimensions", "shape")
+    names = ("registration", "label", "model", "fingerprint", "dimensions", "column_sql")
     return Column(**{name: row[name] for name in names})
 
 
@@ -611,7 +611,9 @@ class SessionDatabase:
     def has_pending(self, column: Column, beyond: str | None) -> bool:
         return bool(
             self.value(
-                "select autoembed.has_pending($1::autoembed.shape, $2)", ["text", "text"], [column.shape, beyond]
+                "select autoembed.has_pending($1::autoembed.column_sql, $2)",
+                ["text", "text"],
+                [column.column_sql, beyond],
             )
         )
 
@@ -620,34 +622,36 @@ class SessionDatabase:
 
     def candidates(self, column: Column, after: str | None, wanted: int) -> Candidates | None:
         row = self.row(
-            "select * from autoembed.candidates($1::autoembed.shape, $2, $3)",
+            "select * from autoembed.candidates($1::autoembed.column_sql, $2, $3)",
             ["text", "jsonb", "int4"],
-            [column.shape, after, wanted],
+            [column.column_sql, after, wanted],
         )
         return None if row is None else Candidates(**row)
 
     def next_suspect(self, column: Column, after: str | None) -> Candidates | None:
         row = self.row(
-            "select * from autoembed.next_suspect($1::autoembed.shape, $2)", ["text", "jsonb"], [column.shape, after]
+            "select * from autoembed.next_suspect($1::autoembed.column_sql, $2)",
+            ["text", "jsonb"],
+            [column.column_sql, after],
         )
         return None if row is None else Candidates([row["key"]], row["locks"], row["key"], 1, row["inflight"])
 
     def frontier(self, column: Column) -> Frontier | None:
-        row = self.row("select * from autoembed.frontier($1::autoembed.shape)", ["text"], [column.shape])
+        row = self.row("select * from autoembed.frontier($1::autoembed.column_sql)", ["text"], [column.column_sql])
         return None if row is None else Frontier(**row)
 
     def set_frontier(self, column: Column, key: str | None, last: str | None) -> None:
         self.execute(
-            "select autoembed.set_frontier($1::autoembed.shape, $2, $3)",
+            "select autoembed.set_frontier($1::autoembed.column_sql, $2, $3)",
             ["text", "jsonb", "jsonb"],
-            [column.shape, key, last],
+            [column.column_sql, key, last],
         )
 
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None:
         row = self.row(
-            "select * from autoembed.claim($1::autoembed.shape, $2, $3, $4)",
+            "select * from autoembed.claim($1::autoembed.column_sql, $2, $3, $4)",
             ["text", "int8", "jsonb[]", "bool"],
-            [column.shape, candidates.inflight, candidates.keys, alone],
+            [column.column_sql, candidates.inflight, candidates.keys, alone],
         )
         if row is None:
             return None
@@ -657,9 +661,9 @@ class SessionDatabase:
         self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
     ) -> list[str]:
         written: list[str] = self.value(
-            "select autoembed.complete($1::autoembed.shape, $2, $3, $4, $5)",
+            "select autoembed.complete($1::autoembed.column_sql, $2, $3, $4, $5)",
             ["text", "int8", "jsonb[]", "bytea[]", "text[]"],
-            [column.shape, generation, keys, hashes, vectors],
+            [column.column_sql, generation, keys, hashes, vectors],
         )
         return written
 
@@ -704,10 +708,10 @@ class SessionDatabase:
         self.execute("select autoembed.recover($1)", ["int8"], [column.registration])
 
     def tidy(self, column: Column) -> None:
-        self.execute("select autoembed.tidy($1::autoembed.shape)", ["text"], [column.shape])
+        self.execute("select autoembed.tidy($1::autoembed.column_sql)", ["text"], [column.column_sql])
 
     def authorize(self, column: Column) -> None:
-        self.execute("select autoembed.enter($1::autoembed.shape)", ["text"], [column.shape])
+        self.execute("select autoembed.lock_column($1::autoembed.column_sql)", ["text"], [column.column_sql])
 
     def sqlstate(self, error: Exception) -> str:
         """Of one that it does not know, a trigger's own, PL/Python has the number alone (elog.h: MAKE_SQLSTATE)."""

@@ -1,0 +1,79 @@
+-- The partial index that holds the pending rows in key order.
+
+create function autoembed.free_index_name(relation oid, target name, purpose text) returns name
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    home name;
+    stem text;
+    candidate name;
+    n integer := 1;
+begin
+    select s.nspname, autoembed.cut(c.relname, 29) || '_' || autoembed.cut(target, 20) || '_' || purpose into home, stem
+    from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = relation;
+    candidate := stem;
+    while to_regclass(format('%I.%I', home, candidate)) is not null loop
+        n := n + 1;
+        candidate := stem || n;
+    end loop;
+    return candidate;
+end
+$$;
+
+-- The pending rows in key order. least() of one column is that column; it is there so that an order by it can be served
+-- by this index alone: with old statistics the planner would walk the primary key past all rows that are filled.
+create function autoembed.install_pending_index(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    s autoembed.column_sql := autoembed.column_sql_of(registration);
+    target name := autoembed.target_name(registration);
+    place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
+    index name;
+begin
+    if autoembed.has_pending_index(s.relation, s.target_number) then
+        return;
+    end if;
+    perform autoembed.drop_pending_index(s.relation, s.target_number);  -- of a former key
+    index := autoembed.free_index_name(s.relation, target, 'pending');
+    execute format('create index %I on %s (%s) where %s', index, s.name,
+                   (select string_agg(format(case k.n when 1 then '(least(%I))' else '%I' end, u), ', ' order by k.n)
+                    from unnest(s.key_names) with ordinality as k (u, n)),
+                   autoembed.pending_condition('', target, s.sources));
+    execute format('alter index %I.%I depends on extension pg_autoembed', place, index);
+end
+$$;
+
+create function autoembed.pending_indexes(relation oid, target smallint) returns setof oid
+language sql stable
+begin atomic
+    select i.indexrelid
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_depend x on x.classid = 'pg_class'::regclass and x.objid = i.indexrelid and x.deptype = 'x'
+    join pg_catalog.pg_extension e on e.oid = x.refobjid and e.extname = 'pg_autoembed'
+    where i.indrelid = relation and i.indpred is not null
+      and exists (select from pg_catalog.pg_depend c
+                  where c.classid = 'pg_class'::regclass and c.objid = i.indexrelid
+                    and c.refclassid = 'pg_class'::regclass and c.refobjid = relation and c.refobjsubid = target);
+end;
+
+create function autoembed.has_pending_index(relation oid, target smallint) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from autoembed.pending_indexes(relation, target) p
+        join pg_catalog.pg_index i on i.indexrelid = p and i.indisvalid
+        where pg_get_indexdef(p, 1, false) = (
+                select format('LEAST(%I)', c.name) from autoembed.key_columns(relation) c where c.position = 0)
+          and (i.indkey::smallint[])[1 : i.indnkeyatts - 1] = (
+                select (k.indkey::smallint[])[1 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
+end;
+
+create function autoembed.drop_pending_index(relation oid, target smallint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    index oid;
+begin
+    for index in select * from autoembed.pending_indexes(relation, target) loop
+        execute format('drop index %s', index::regclass);
+    end loop;
+end
+$$;

@@ -1,0 +1,148 @@
+-- The event triggers that keep registrations and the triggers on users' tables together.
+
+-- A row trigger without a registration: a table that was just restored brings its declaration along.
+create function autoembed.adopt(trigger oid) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    arguments text[] := autoembed.arguments_of(trigger);
+    relation oid := (select t.tgrelid from pg_trigger t where t.oid = trigger);
+    target smallint := (select a.attnum from pg_attribute a
+                        where a.attrelid = relation and a.attname = arguments[1] and not a.attisdropped);
+    sources smallint[] := array(
+        select a.attnum from unnest(arguments[6:]) with ordinality as u (name, n)
+        join pg_attribute a on a.attrelid = relation and a.attname = u.name and not a.attisdropped order by n);
+    adopted autoembed.registration;
+begin
+    if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 5
+        or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false') then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('a trigger on %s that calls autoembed.invalidate() has arguments that do not fit the table', relation::regclass),
+            hint = 'Declare columns with embed_column, which makes the trigger.';
+    end if;
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, row_trigger)
+    values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean, trigger)
+    on conflict do nothing
+    returning * into adopted;
+    if adopted.id is not null and not autoembed.is_sound(adopted) then
+        raise exception using errcode = 'object_not_in_prerequisite_state',
+            message = format('%s cannot have an embedding column with these source and target columns', relation::regclass),
+            hint = 'Declare columns with embed_column, which says what is wrong.';
+    end if;
+end
+$$;
+
+-- security definer: registrations must follow their tables whoever renames or restores them. Runs no user's code:
+-- it reads catalogs and makes triggers.
+create function autoembed.on_ddl() returns event_trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    touched oid[] := array(
+        select distinct a.relid
+        from pg_event_trigger_ddl_commands() d
+        left join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
+        left join pg_type y on d.command_tag = 'ALTER TYPE' and (y.oid = d.objid or y.typrelid = d.objid)
+        left join pg_class c on c.reloftype = y.oid  -- typed tables, which ALTER TYPE … CASCADE does not name
+        cross join lateral (
+            select coalesce(c.oid, t.tgrelid, d.objid) as relid
+            union select p.relid from pg_partition_ancestors(coalesce(c.oid, t.tgrelid, d.objid)) p) a);
+    trigger record;
+    id bigint;
+begin
+    for trigger in
+        select t.oid
+        from pg_event_trigger_ddl_commands() d
+        join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
+        where t.tgfoid = 'autoembed.invalidate()'::regprocedure and t.tgparentid = 0
+          and not exists (select from autoembed.registration r
+                          join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
+                          where r.relation = t.tgrelid and a.attname::text = (autoembed.arguments_of(t.oid))[1])
+    loop
+        perform autoembed.adopt(trigger.oid);
+    end loop;
+    -- a column of the key may have another name now
+    update autoembed.registration r set generation = r.generation + 1
+    where r.relation = any (touched) and exists (
+        select from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
+    for id in
+        with near as materialized (select r from autoembed.registration r where r.relation = any (touched))
+        select (n.r).id from near n where autoembed.is_outdated(n.r)
+    loop
+        perform autoembed.follow(id);
+    end loop;
+    -- ENABLE TRIGGER ALL, as loaders do, would leave a subscriber's vectors stale
+    for trigger in
+        with near as materialized (
+            select autoembed.row_trigger(r) as oid from autoembed.registration r where r.relation = any (touched))
+        select t.tgname, t.tgrelid from near n join pg_trigger t on n.oid in (t.oid, t.tgparentid) where t.tgenabled = 'O'
+    loop
+        execute format('alter table %s enable always trigger %I', trigger.tgrelid::regclass, trigger.tgname);
+    end loop;
+end
+$$;
+
+-- Does the row trigger say or do another thing than the registration?
+create function autoembed.is_outdated(r autoembed.registration) returns boolean
+language sql stable
+begin atomic
+    select autoembed.is_sound(r)
+           and (autoembed.arguments_of(t.oid) is distinct from autoembed.trigger_arguments((r).id)
+                or t.tgattr::text <> '' and autoembed.needs_every_update((r).relation)
+                or not autoembed.fires_last(r))
+    from pg_catalog.pg_trigger t where t.oid = autoembed.row_trigger(r);
+end;
+
+-- After a RENAME of a column, or a new trigger of the user's own: our triggers anew, from the registration
+create function autoembed.follow(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    former text;
+    trigger name;
+begin
+    select * into r from autoembed.registration g where g.id = registration;
+    former := (autoembed.arguments_of(autoembed.row_trigger(r)))[1];
+    update autoembed.registration g set generation = g.generation + 1 where g.id = r.id;
+    perform autoembed.install_row_trigger(registration);
+    for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
+        execute format('drop trigger %I on %s', trigger, r.relation::regclass);
+    end loop;
+    perform autoembed.install_statement_triggers(registration);
+end
+$$;
+
+-- A table, a column or the trigger went: the registration goes too, and what is left of it on the table.
+create function autoembed.on_drop() returns event_trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+declare
+    r record;
+    trigger name;
+begin
+    for r in
+        with touched as materialized (
+            select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))::oid
+                       else d.objid end as oid
+            from pg_event_trigger_dropped_objects() d where d.object_type in ('table', 'table column', 'trigger')
+        ), near as materialized (
+            select g.id from autoembed.registration g join touched t on t.oid = g.relation
+        )
+        delete from autoembed.registration g
+        using near
+        where g.id = near.id
+          and (not exists (select from pg_class c where c.oid = g.relation)
+               or autoembed.column_name(g.relation, g.target) is null
+               or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
+               or g.row_trigger is not null and autoembed.row_trigger(g) is null)
+        returning g.*, (autoembed.arguments_of(g.row_trigger))[1] as target_name
+    loop
+        continue when not exists (select from pg_class c where c.oid = r.relation);
+        perform autoembed.drop_triggers(r.relation, r.row_trigger, coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
+        perform autoembed.drop_pending_index(r.relation, r.target);
+    end loop;
+end
+$$;
+
+create event trigger autoembed_on_ddl on ddl_command_end
+    when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE') execute function autoembed.on_ddl();
+alter event trigger autoembed_on_ddl enable always;
+create event trigger autoembed_on_drop on sql_drop execute function autoembed.on_drop();
+alter event trigger autoembed_on_drop enable always;

@@ -1,0 +1,173 @@
+-- The second transaction of a batch: it writes the vectors, and records what became of each row.
+
+-- Write the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for.
+-- Returns the keys that were written; the others come again. So does a row whose text one of the user's own triggers
+-- changed in this very write: the vector is the former text's, and goes at once.
+create function autoembed.complete(
+    s autoembed.column_sql, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
+returns jsonb[]
+language plpgsql volatile set enable_seqscan = off set jit = off as $$
+declare
+    written pg_catalog.jsonb[];
+    changed pg_catalog.jsonb[];
+begin
+    s := autoembed.lock_column(s);
+    if s.relation is null or s.generation operator(pg_catalog.<>) generation then
+        return '{}';
+    end if;
+    execute pg_catalog.format(
+        'with encoded as materialized (
+             select d.key, d.hash, d.vector from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as d (key, hash, vector)
+         ), free as materialized (
+             select d.key, d.vector from encoded d join %1$s t on %2$s
+             where t.%3$s is null and autoembed.hash(%4$s) operator(pg_catalog.=) d.hash
+             for no key update of t skip locked
+         ), written as (
+             update %1$s as t set %3$s = d.vector::%5$s from free d where %2$s and t.%3$s is null
+             returning d.key, autoembed.hash(%4$s) operator(pg_catalog.=) (
+                 select e.hash from encoded e where e.key operator(pg_catalog.=) d.key) as same
+         )
+         select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
+                pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',
+        s.rows, s.matching, s.target, s.content, s.type)
+    into written, changed using keys, hashes, vectors;
+    if changed is not null then
+        execute pg_catalog.format(
+            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s', s.rows, s.target, s.matching)
+        using changed;
+    end if;
+    return written;
+end
+$$;
+
+create function autoembed.is_constraint(name text) returns boolean
+language sql stable
+begin atomic
+    select exists (select from pg_catalog.pg_constraint c where c.conname = name::name)
+        or exists (select from pg_catalog.pg_index i join pg_catalog.pg_class c on c.oid = i.indexrelid
+                   where i.indisunique and c.relname = name::name);
+end;
+
+-- When a failed text is tried next: 30 s, 1, 2, 4 minutes; after the fifth try it stays failed.
+create function autoembed.next_try(kind text, attempts integer) returns timestamptz
+language sql volatile
+begin atomic
+    select case when kind <> 'crashed' and attempts < 5
+        then clock_timestamp() + '30 seconds'::interval * 2 ^ (attempts - 1) end;
+end;
+
+create function autoembed.fail(registration bigint, key jsonb, hash bytea, kind text, message text) returns void
+language sql volatile
+begin atomic
+    insert into autoembed.failure as f (registration, key, hash, kind, message, next_try)
+    values (registration, key, hash, kind, message, autoembed.next_try(kind, 1))
+    on conflict on constraint failure_pkey do update
+    set hash = excluded.hash, kind = excluded.kind, message = excluded.message, last_try = clock_timestamp(),
+        attempts = case when f.hash = excluded.hash then f.attempts + 1 else 1 end,
+        next_try = autoembed.next_try(excluded.kind, case when f.hash = excluded.hash then f.attempts + 1 else 1 end);
+end;
+
+-- Key by key, for the reason that held_keys has.
+create function autoembed.clear_records(registration bigint, keys jsonb[]) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    failures boolean := exists (select from autoembed.failure f where f.registration = clear_records.registration);
+    truncations boolean := exists (select from autoembed.truncation f where f.registration = clear_records.registration);
+    k jsonb;
+begin
+    foreach k in array keys loop
+        if failures then
+            delete from autoembed.failure f
+            where f.registration = clear_records.registration and f.key_hash = jsonb_hash_extended(k, 0) and f.key = k;
+        end if;
+        if truncations then
+            delete from autoembed.truncation f
+            where f.registration = clear_records.registration and f.key_hash = jsonb_hash_extended(k, 0) and f.key = k;
+        end if;
+    end loop;
+end
+$$;
+
+-- The round's record, in the transaction of its vectors: failures, truncations, figures; and the end of the flight.
+create function autoembed.settle(
+    registration bigint, inflight bigint, handled jsonb[], written jsonb[],
+    failures jsonb,         -- [{"key", "hash" in hex, "kind", "message"}, …]
+    truncations jsonb,      -- [{"key", "tokens", "limit"}, …]
+    figures jsonb)          -- {"tokens", and the seconds in "claim", "encode", "write"}
+returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    bad integer := jsonb_array_length(failures);
+begin
+    select * into r from autoembed.registration g where g.id = settle.registration;
+    if r.id is null or not autoembed.owns(r.relation) then
+        return;
+    end if;
+    delete from autoembed.inflight f where f.registration = r.id and f.id = settle.inflight;
+    delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
+    perform autoembed.clear_records(r.id, written);
+    perform autoembed.fail(r.id, u.key, decode(u.hash, 'hex'), u.kind, u.message)
+    from jsonb_to_recordset(failures) as u (key jsonb, hash text, kind text, message text);
+    insert into autoembed.truncation (registration, key, tokens, token_limit)
+    select r.id, u.key, u.tokens, u."limit"
+    from jsonb_to_recordset(truncations) as u (key jsonb, tokens integer, "limit" integer)
+    where u.key = any (written);
+    if cardinality(handled) > 0 then
+        insert into autoembed.run (registration, model, embedded, failed, skipped, tokens, claim_seconds, encode_seconds, write_seconds)
+        values (r.id, r.model, cardinality(written), bad, cardinality(handled) - cardinality(written) - bad,
+                (figures ->> 'tokens')::bigint, (figures ->> 'claim')::double precision,
+                (figures ->> 'encode')::double precision, (figures ->> 'write')::double precision);
+    end if;
+end
+$$;
+
+create function autoembed.forget(registration bigint, inflight bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    delete from autoembed.inflight f where f.registration = forget.registration and f.id = forget.inflight;
+end
+$$;
+
+-- false where the caller may not write state
+create function autoembed.tidy_runs(registration bigint) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if not autoembed.owns((select r.relation from autoembed.registration r where r.id = registration)) then
+        return false;
+    end if;
+    delete from autoembed.run u where u.registration = tidy_runs.registration and u.finished < clock_timestamp() - '1 day'::interval;
+    return true;
+end
+$$;
+
+-- Housekeeping at the end of a call: failures and truncations of rows that are gone, figures older than a day.
+-- A thousand a time, those first that were looked at longest ago.
+create function autoembed.tidy(s autoembed.column_sql) returns void
+language plpgsql volatile as $$
+declare
+    kind pg_catalog.text;
+begin
+    s := autoembed.lock_column(s);
+    if s.relation is null or not autoembed.tidy_runs(s.registration) then
+        return;
+    end if;
+    foreach kind in array array['failure', 'truncation'] loop
+        execute pg_catalog.format(
+            'with oldest as materialized (
+                 select d.key, d.key_hash, exists (select from %2$s t where %3$s) as there
+                 from (select o.key, o.key_hash from autoembed.%1$I o
+                       where o.registration operator(pg_catalog.=) $1
+                         and o.checked operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) ''1 minute''::pg_catalog.interval)
+                       order by o.checked limit 1000) d
+             ), gone as (
+                 delete from autoembed.%1$I f using oldest d
+                 where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
+                   and f.key operator(pg_catalog.=) d.key and not d.there
+             )
+             update autoembed.%1$I f set checked = pg_catalog.clock_timestamp() from oldest d
+             where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
+               and f.key operator(pg_catalog.=) d.key and d.there', kind, s.rows, s.matching) using s.registration;
+    end loop;
+end
+$$;
