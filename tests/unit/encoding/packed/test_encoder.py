@@ -46,7 +46,8 @@ def lively_shelf(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         lively.enliven(make(published))
     for folder in sorted(published.iterdir()):
         add_model(folder, directory)
-    return settings.read({"EMBEDDING_MODEL_DIR": str(directory), "EMBEDDING_DEVICE": "cpu"})
+    # one thread: on how many cores are free depends in which order a product's sums are added, and so their last bits
+    return settings.read({"EMBEDDING_MODEL_DIR": str(directory), "EMBEDDING_DEVICE": "cpu", "EMBEDDING_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
