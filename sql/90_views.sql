@@ -86,36 +86,67 @@ begin
 end
 $$;
 
--- Counts for one column of the caller's own table. Up to 100,000 rows are counted; of a larger table 1,000 random pages
--- are, and only what is pending is exact, up to 100,000 rows, since the partial index holds just that.
-create function autoembed.own_counts(
-    registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+-- A sample of pages is off by a few percent. Statistics that it does not contradict know better: of what was written
+-- since the last vacuum, or of what that vacuum found.
+create function autoembed.likely_rows(
+    relation oid, sampled double precision, deviation double precision) returns double precision
 language sql volatile
 begin atomic
-    with looked (s, percent) as materialized (
-        select s, case when autoembed.row_estimate(s.relation) <= 100000 then 100
-                  else least(100, 100 * 1000.0 / greatest(autoembed.page_count(s.relation), 1)) end::double precision
-        from autoembed.column_sql_of(registration) s
-    ), counted as materialized (
-        select c.*, l.percent / 100 as share, case when l.percent < 100 then autoembed.indexed_count(l.s) end as indexed
-        from looked l, autoembed.count_rows(l.s, l.percent) c
+    with leaf as (
+        select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf
+    ), known (written, found) as (
+        select sum(pg_stat_get_live_tuples(l.oid))::double precision, sum(c.reltuples)::double precision
+        from leaf l join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p'
     )
-    select (c.rows / c.share)::bigint, (c.filled / c.share)::bigint,
-           case when c.indexed <= 100000 then c.indexed else (c.waiting / c.share)::bigint end,
-           ((c.rows - c.filled - c.waiting) / c.share)::bigint, c.share = 1
-    from counted c;
+    select coalesce((select e.rows from known k, unnest(array[k.written, k.found]) e (rows)
+                     where abs(e.rows - sampled) <= 4 * deviation
+                     order by abs(e.rows - sampled) limit 1), sampled);
+end;
+
+-- Counts for one column of the caller's own table. Up to 100,000 rows are counted; of a larger table 1,000 random pages
+-- are, and only what is pending is exact, up to 100,000 rows, since the partial index holds just that. `margin` is
+-- twice the standard deviation of such a sample, as a share of the rows: one sample in twenty is farther off.
+create function autoembed.own_counts(
+    registration bigint, out total bigint, out embedded bigint, out pending bigint, out blank bigint,
+    out exact boolean, out margin double precision)
+language sql volatile
+begin atomic
+    with looked (s, pages, percent) as materialized (
+        select s, p.pages, case when autoembed.row_estimate(s.relation) <= 100000 then 100
+                           else least(100, 100 * 1000.0 / greatest(p.pages, 1)) end::double precision
+        from autoembed.column_sql_of(registration) s
+        cross join lateral (select autoembed.page_count(s.relation) as pages) p
+    ), counted as materialized (
+        select c.*, l.percent = 100 as whole, c.rows / (l.percent / 100) as sampled,
+               sqrt((1 - l.percent / 100) / greatest(l.pages * l.percent / 100, 1)) as deviation,
+               case when l.percent < 100 then autoembed.indexed_count(l.s) end as indexed, (l.s).relation as relation
+        from looked l, autoembed.count_rows(l.s, l.percent) c
+    ), sized as (
+        select c.*, case when c.whole then c.rows
+                    else autoembed.likely_rows(c.relation, c.sampled, c.sampled * c.deviation) end as likely
+        from counted c
+    ), shared as (
+        select z.*, z.likely / nullif(z.rows, 0) * (z.rows - z.filled - z.waiting) as without_text,
+               case when z.indexed <= 100000 then z.indexed
+                    else z.likely / nullif(z.rows, 0) * z.waiting end as left_over
+        from sized z
+    )
+    select h.likely::bigint, greatest(h.likely - coalesce(h.left_over, 0) - coalesce(h.without_text, 0), 0)::bigint,
+           coalesce(h.left_over, 0)::bigint, coalesce(h.without_text, 0)::bigint, h.whole, 2 * h.deviation
+    from shared h;
 end;
 
 -- Of others' tables what the statistics say, whoever looks: planning a query over a table can already run its owner's
 -- code (an index on a constant expression) with the reader's rights, and any tenant can add his table to this view.
 create function autoembed.counts(
-    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint,
+    out exact boolean, out margin double precision)
 language plpgsql volatile as $$
 begin
     if autoembed.is_own(r.relation) then
-        select * into total, embedded, pending, blank, exact from autoembed.own_counts(r.id);
+        select * into total, embedded, pending, blank, exact, margin from autoembed.own_counts(r.id);
     else
-        select * into total, embedded, pending, blank, exact from autoembed.known_counts(r);
+        select k.*, null into total, embedded, pending, blank, exact, margin from autoembed.known_counts(r) k;
     end if;
 end
 $$;
@@ -192,7 +223,7 @@ select r.relation::regclass as relation, autoembed.column_name(r.relation, r.tar
        case when c.pending = 0 then '0'::interval
             when p.rate > 0 then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
        case when autoembed.is_own(r.relation) then clock_timestamp() - autoembed.oldest_pending(r.id) end as oldest_pending,
-       c.exact
+       c.exact, autoembed.figure(c.margin, 3) as margin
 from autoembed.registration r
 cross join lateral autoembed.counts(r) c
 cross join lateral (select count(*) filter (where x.next_try is null) as failed,
