@@ -1,1 +1,1 @@
-"""The benchmarks that the README quotes: `bench/run [pipeline] [writes] [scale] [recall] [encoder]`."""
+"""The benchmarks that docs/performance.md quotes: `bench/run [pipeline] [writes] [scale] [recall] [encoder]`."""

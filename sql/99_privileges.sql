@@ -31,7 +31,7 @@ create policy filler on autoembed.failure for select using (autoembed.reads_all(
 create policy filler on autoembed.suspect for select using (autoembed.reads_all(registration));
 create policy filler on autoembed.frontier for select using (autoembed.reads_all(registration));
 
--- These run a model: by GRANT only. The README has a recipe for each kind of user.
+-- These run a model: by GRANT only. docs/reference.md has a recipe for each kind of user.
 revoke all on function
     embed(text, text, text), embed(text[], text, text),
     embed_search(regclass, text, integer, name, jsonb),

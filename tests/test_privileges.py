@@ -14,7 +14,7 @@ from support.talk import TINY, VECTOR, acting_as, column, notices, refusal, scal
 
 pytest_plugins = ["support.warm"]
 
-README = Path(__file__).parents[1] / "README.md"
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference.md"
 DOCS = "create table docs (id int primary key, content text, note text, embedding vector(32))"
 DECLARE = "select embed_column('docs', 'content', model => 'tiny-mpnet')"
 FILL = "call embed_pending(relation => 'docs')"
@@ -48,15 +48,15 @@ MAY = {
 
 
 def recipes() -> list[str]:
-    """The GRANTs of the README, as its reader copies them."""
-    text = README.read_text(encoding="utf-8")
+    """The GRANTs of docs/reference.md, as its reader copies them."""
+    text = REFERENCE.read_text(encoding="utf-8")
     found = re.findall(r"^grant [^;]*embed[^;]*;", text, re.MULTILINE)
     return [statement for statement in found if " on knowledge_base" not in statement]
 
 
 @pytest.fixture
 def cast(warm: Connection, warm_role: Callable[..., str]) -> Connection:
-    """The roles with the README's grants; the owner's table docs is declared, one row filled and one pending."""
+    """The roles with the documented grants; the owner's table docs is declared, one row filled and one pending."""
     for name in ROLES:
         warm_role(name)
     for statement in (*recipes(), "grant searcher to owner"):
