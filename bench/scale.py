@@ -45,10 +45,10 @@ class Claims:
     name: str
 
     def __post_init__(self) -> None:
-        query = "select registration, shape from autoembed.columns(%s::regclass)"
+        query = "select registration, column_sql from autoembed.columns(%s::regclass)"
         row = run(self.connection, query, self.name).fetchone()
         assert row is not None
-        self.registration, self.shape = row
+        self.registration, self.column_sql = row
 
     def one(self, after: str | None = None) -> tuple[float, str]:
         """Milliseconds of the next batch's claim after that key, and the key that it came to."""
@@ -58,14 +58,14 @@ class Claims:
             self.connection,
             "select keys::text[], locks, cursor::text, inflight"
             " from autoembed.candidates(%s::autoembed.column_sql, %s::jsonb, %s)",
-            self.shape, after, BATCH,
+            self.column_sql, after, BATCH,
         ).fetchone()  # fmt: skip
         assert found is not None
         keys, locks, cursor, inflight = found
         claim = (
             "select cardinality(keys) from autoembed.claim(%s::autoembed.column_sql, %s, %s::text[]::jsonb[], false)"
         )
-        claimed = value(self.connection, claim, self.shape, inflight, keys)
+        claimed = value(self.connection, claim, self.column_sql, inflight, keys)
         took = 1000 * (time.perf_counter() - started)
         run(self.connection, "commit")
         run(self.connection, "select autoembed.forget(%s, %s)", self.registration, inflight)
@@ -80,13 +80,13 @@ class Claims:
     def frontier(self) -> str | None:
         """The key behind which the next call begins."""
         query = "select key::text from autoembed.frontier(%s::autoembed.column_sql)"
-        key: str | None = value(self.connection, query, self.shape)
+        key: str | None = value(self.connection, query, self.column_sql)
         return key
 
     def look(self) -> float:
         """Milliseconds of the question that a call and a worker ask before all else."""
         query = "select autoembed.any_due(%s::autoembed.column_sql)"
-        return 1000 * median(elapsed(lambda: run(self.connection, query, self.shape)) for _ in range(CLAIMS))
+        return 1000 * median(elapsed(lambda: run(self.connection, query, self.column_sql)) for _ in range(CLAIMS))
 
     def following(self) -> float:
         """The claims of one call, each after the former's cursor."""

@@ -19,13 +19,12 @@ begin
         'with encoded as materialized (
              select d.key, d.hash, d.vector from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as d (key, hash, vector)
          ), free as materialized (
-             select d.key, d.vector from encoded d join %1$s t on %2$s
+             select d.key, d.hash, d.vector from encoded d join %1$s t on %2$s
              where t.%3$s is null and autoembed.hash(%4$s) operator(pg_catalog.=) d.hash
              for no key update of t skip locked
          ), written as (
              update %1$s as t set %3$s = d.vector::%5$s from free d where %2$s and t.%3$s is null
-             returning d.key, autoembed.hash(%4$s) operator(pg_catalog.=) (
-                 select e.hash from encoded e where e.key operator(pg_catalog.=) d.key) as same
+             returning d.key, autoembed.hash(%4$s) operator(pg_catalog.=) d.hash as same
          )
          select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
                 pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',

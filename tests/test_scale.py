@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from psycopg import sql
@@ -11,6 +13,7 @@ from psycopg import sql
 from conftest import Database
 from support.rigging import Rig, fill, pending, rows, scalar
 from support.server import Connection, Server
+from support.talk import notices
 
 pytest_plugins = ["support.rig"]
 
@@ -68,13 +71,13 @@ def fail_all(connection: Connection) -> None:
 def pages(connection: Connection, after: str | None = None) -> int:
     """How many pages finding the next 32 rows touches, plans and checks of rights included."""
     return touched(
-        connection, "select c.cursor from {}, autoembed.candidates(s.shape::autoembed.column_sql, %s, 32) c", after
+        connection, "select c.cursor from {}, autoembed.candidates(s.column_sql::autoembed.column_sql, %s, 32) c", after
     )
 
 
 def pages_of_a_look(connection: Connection) -> int:
     """How many pages the question touches whether a row is to be tried."""
-    return touched(connection, "select autoembed.any_due(s.shape::autoembed.column_sql) from {}")
+    return touched(connection, "select autoembed.any_due(s.column_sql::autoembed.column_sql) from {}")
 
 
 def touched(connection: Connection, query: str, *arguments: object) -> int:
@@ -88,6 +91,28 @@ def touched(connection: Connection, query: str, *arguments: object) -> int:
     assert plan is not None
     top = plan[0][0]["Plan"]
     return int(top["Shared Hit Blocks"]) + int(top["Shared Read Blocks"])
+
+
+def rows_of_each_statement(connection: Connection, call: str) -> list[int]:
+    """How many rows the nodes of each plan that the call runs pass on, all together."""
+    settings = {
+        "log_min_duration": "0", "log_analyze": "on", "log_timing": "off", "log_nested_statements": "on",
+        "log_format": "json",
+    }  # fmt: skip
+    connection.execute("load 'auto_explain'")
+    for name, setting in settings.items():
+        connection.execute(f"set auto_explain.{name} = {setting}")
+    connection.execute("set client_min_messages = log")
+    with notices(connection) as heard:
+        connection.execute(call)
+    plans = [str(each.message).partition("plan:\n")[2] for each in heard]
+    return [sum(rows_passed(json.loads(plan)["Plan"])) for plan in plans if plan]
+
+
+def rows_passed(node: dict[str, Any]) -> Iterator[int]:
+    yield int(node["Actual Rows"] * node["Actual Loops"])
+    for each in node.get("Plans", ()):
+        yield from rows_passed(each)
 
 
 def frontier(connection: Connection) -> list[object] | None:
@@ -126,6 +151,14 @@ def test_owner_who_is_no_superuser_reads_no_more_failures_than_he_passes(owner: 
     declare(owner, 4 * HELD)
     fail_all(owner)
     assert pages(owner) < 10 * 1024  # rows that a claim passes at most; a few pages of three indexes for each
+
+
+def test_each_statement_of_a_large_batch_is_linear_in_its_rows(db: Connection) -> None:
+    declare(db, 512)
+    passed = rows_of_each_statement(db, "call embed_pending(512)")
+    assert pending(db) == 0
+    assert len(passed) > 10
+    assert max(passed) < 20 * 512
 
 
 # --- the frontier --------------------------------------------------------------------------------------------------
