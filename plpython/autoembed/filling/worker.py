@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from autoembed.errors import AutoembedError
-from autoembed.filling.fill import BUSY, REFUSED, Column, Limits, Totals
+from autoembed.filling.database import Connection, WorkerDatabase
+from autoembed.filling.records import Column, Limits, Totals
+from autoembed.filling.sqlstates import BUSY, REFUSED
 
 SLICE = 0.05
 SHORTEST, LONGEST = 0.02, 0.4
@@ -29,20 +30,7 @@ TROUBLE = 30.0
 """Seconds that a column rests whose model cannot be used, or whose table refuses."""
 
 
-class Database(Protocol):
-    error: type[Exception]
-
-    def columns(self, oid: int | None) -> list[Column]: ...
-    def declarations(self) -> str: ...
-    def has_pending(self, column: Column, beyond: str | None) -> bool: ...
-    def snapshot(self) -> str: ...
-    def sqlstate(self, error: Exception) -> str: ...
-    def check_interrupts(self) -> None: ...
-    def commit(self) -> None: ...
-    def rollback(self) -> None: ...
-
-
-def sleep(database: Database, seconds: float) -> None:
+def sleep(database: Connection, seconds: float) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, SLICE))
@@ -68,7 +56,7 @@ class Place:
 class Worker:
     """One call's loop. `fill` fills one column within limits; `rest` gives back what only encoding needs."""
 
-    database: Database
+    database: WorkerDatabase
     fill: Callable[[Column, Totals, Limits], None]
     rest: Callable[[], None]
     warn: Callable[[Column, AutoembedError], None]

@@ -6,9 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from autoembed import settings
+from autoembed.encoding.load import load_encoder
 from autoembed.encoding.protocol import Encoder
 from autoembed.errors import OutOfMemory
+from autoembed.models import directory
 from autoembed.models.model import MEGABYTE, Model
+from autoembed.server import preloaded
 from autoembed.server.preloaded import Inherited
 from autoembed.server.status_file import Page
 from autoembed.settings import Settings
@@ -53,9 +57,18 @@ class Loaded:
 class Cache:
     """By name, the least recently used first. Preloaded models are the postmaster's: they take no room here."""
 
-    def __init__(self, page: Page) -> None:
+    def __init__(self, gd: dict[str, Any], page: Page) -> None:
+        self.gd = gd
         self.loaded: dict[str, Loaded] = {}
         self.page = page
+
+    def encoder(self, name: str | None) -> Encoder:
+        """The loaded model of that name, loaded now if need be; again where its files have changed since."""
+        current = settings.read()
+        model = directory.find(current, name)
+        return self.get(
+            model, current, lambda: preloaded.take(self.gd, model, current), lambda: load_encoder(model, current)
+        )
 
     def get(
         self, model: Model, current: Settings, take: Callable[[], Encoder | None], load: Callable[[], Encoder]

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,17 @@ def pages(directory: Path = DIRECTORY) -> Iterator[tuple[int, Path]]:
                 yield pid, path
             else:
                 path.unlink(missing_ok=True)
+
+
+def sessions(visible: Collection[int], directory: Path = DIRECTORY) -> list[dict[str, Any]]:
+    """Returns what these sessions have loaded, with their memory."""
+    found = []
+    for pid, path in pages(directory):
+        if pid in visible:
+            private, shared = memory_of(pid)
+            about = {"pid": pid, "private_bytes": private, "shared_bytes": shared}
+            found += [about | entry for entry in read(path)]
+    return found
 
 
 def sweep(directory: Path) -> None:

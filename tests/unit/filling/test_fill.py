@@ -8,7 +8,9 @@ from typing import cast
 import pytest
 
 from autoembed.encoding import batching
-from autoembed.filling.fill import Candidates, Claim, Column, Database, Filler, Limits, Totals
+from autoembed.filling.database import FillDatabase
+from autoembed.filling.fill import Filler
+from autoembed.filling.records import Candidates, Claim, Column, Limits, Totals
 from unit.fakes import FakeEncoder
 
 COLUMN = Column(1, "public.docs.embedding", "stub", "f", 4, "")
@@ -88,7 +90,9 @@ class Counting(FakeEncoder):
 
 
 def filler(database: Short, encoder: FakeEncoder) -> Filler:
-    return Filler(cast("Database", database), COLUMN, lambda: encoder, Totals(), Limits(), 1, progress=lambda *_: None)
+    return Filler(
+        cast("FillDatabase", database), COLUMN, lambda: encoder, Totals(), Limits(), 1, progress=lambda *_: None
+    )
 
 
 ERRORS = [Refused("53200"), MemoryError()]
@@ -151,4 +155,4 @@ def test_other_shortages_are_not_the_encoders() -> None:
     """Of locks, say: an encoder that is not loaded has nothing to give back, and nothing is tried again."""
     database = Short(Refused("53200"), commit=1)
     with pytest.raises(Refused):
-        filler(database, FakeEncoder()).again(lambda: None)
+        filler(database, FakeEncoder()).transactions.in_transaction(lambda: None)

@@ -8,7 +8,7 @@ import pytest
 
 from autoembed.errors import AutoembedError, UnknownModel
 from autoembed.filling import worker
-from autoembed.filling.fill import Column, Limits, Totals
+from autoembed.filling.records import Column, Limits, Totals
 from autoembed.filling.worker import Worker
 
 
