@@ -99,38 +99,103 @@ begin
 end
 $$;
 
-create function autoembed.search_statement(s autoembed.column_sql, filter jsonb) returns text
-language sql stable
+-- The second search is a branch of the same plan that runs only where the first one came short. No index serves the
+-- order by a sum.
+create function autoembed.search_surely(query text, nearest text) returns text
+language sql immutable
 begin atomic
     select format(
-        'select (%1$s), t.%2$s operator(%3$s.<=>) $1::%7$s, %4$s from %5$s t
-         where t.%2$s is not null %6$s order by t.%2$s operator(%3$s.<=>) $1::%7$s limit $2',
-        (select 'pg_catalog.jsonb_build_object(' || string_agg(format('%L, t.%I', u.name, u.name), ', ' order by u.n) || ')'
-         from unnest(s.key_names) with ordinality as u (name, n)),
-        s.target, (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),
-        s.content, s.rows,
-        case when filter is not null and filter <> '{}' then 'and ' || autoembed.filter_condition(s.relation, filter) end,
-        s.type);
+        'with quick as materialized (%1$s order by %2$s limit $2),
+         sure as (%1$s and (select pg_catalog.count(*) from quick) operator(pg_catalog.<) $2
+                  order by (%2$s) operator(pg_catalog.+) 0::pg_catalog.float8 limit $2)
+         select q.* from quick q where (select pg_catalog.count(*) from quick) operator(pg_catalog.=) $2
+         union all select s.* from sure s
+         order by distance', query, nearest);
 end;
 
--- An index scan stops after hnsw.ef_search candidates: fewer than k, or filtered away, and rows would be missed in
--- silence. Returns the former values, to be put back.
-create function autoembed.widen_search(k integer, filtered boolean) returns text[]
+-- The k nearest rows. An index scan may miss some of them in silence: rows in lists that it does not probe, or rows that
+-- come after all those that a filter takes away, up to pgvector's own limits. `surely` then reads the table as well.
+create function autoembed.search_statement(s autoembed.column_sql, filter jsonb, surely boolean) returns text
+language sql stable
+begin atomic
+    select case when surely then autoembed.search_surely(n.query, n.nearest)
+                else format('select f.* from (%s order by %s limit $2) f order by f.distance', n.query, n.nearest) end
+    from (
+        select d.nearest, format(
+            'select (%s) as key, %s as distance, %s as content from %s t where t.%s is not null%s',
+            (select format('pg_catalog.jsonb_build_object(%s)', string_agg(format('%L, t.%1$I', u.name), ', ' order by u.n))
+             from unnest(s.key_names) with ordinality as u (name, n)),
+            d.nearest, s.content, s.rows, s.target,
+            case when filter <> '{}' then ' and ' || autoembed.filter_condition(s.relation, filter) end) as query
+        from format('t.%s operator(%s.<=>) $1::%s', s.target,
+                    (select e.extnamespace::regnamespace from pg_catalog.pg_extension e where e.extname = 'vector'),
+                    s.type) as d (nearest)) n;
+end;
+
+-- pgvector's indexes over the column, on the relation or its partitions; lists: of ivfflat
+create function autoembed.vector_indexes(relation oid, target smallint, out method name, out lists integer)
+returns setof record
+language sql stable
+begin atomic
+    select m.amname, case m.amname when 'ivfflat'
+        then coalesce(substring(c.reloptions::text from 'lists=([0-9]+)')::integer, 100) end
+    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    join pg_catalog.pg_index i on i.indrelid = r.oid and i.indisvalid
+    join pg_catalog.pg_class c on c.oid = i.indexrelid
+    join pg_catalog.pg_am m on m.oid = c.relam and m.amname in ('hnsw', 'ivfflat')
+    where autoembed.column_name(i.indrelid, i.indkey[0]) = autoembed.column_name(relation, target);
+end;
+
+-- May a scan of the column's index end with fewer than k rows, although there are as many? An iterative one of hnsw
+-- alone goes on until it has them, and a filter, or policies, can be more than it puts up with.
+create function autoembed.may_miss(s autoembed.column_sql, filter jsonb) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from autoembed.vector_indexes(s.relation, s.target_number) i
+        where i.method = 'ivfflat' or filter <> '{}' or row_security_active(s.relation)
+           or current_setting('hnsw.iterative_scan', true) is null);
+end;
+
+-- What lets a scan of pgvector's indexes find k rows and good ones, as far as this version has the setting: as many
+-- candidates, the square root of the lists, and more of both while rows are missing. Without jit, which would compile
+-- the second search that hardly ever runs.
+create function autoembed.search_settings(s autoembed.column_sql, k integer, out name text, out value text)
+returns setof record
+language sql stable
+begin atomic
+    select w.name, w.value
+    from (select ceil(sqrt(max(x.lists)))::integer as lists
+          from autoembed.vector_indexes(s.relation, s.target_number) x) i
+    cross join lateral (values
+        ('hnsw.ef_search', greatest(current_setting('hnsw.ef_search', true)::integer, least(1000, k + 20))::text),
+        ('hnsw.iterative_scan', coalesce(nullif(current_setting('hnsw.iterative_scan', true), 'off'), 'strict_order')),
+        ('ivfflat.probes', greatest(current_setting('ivfflat.probes', true)::integer, i.lists)::text),
+        ('ivfflat.iterative_scan',
+         coalesce(nullif(current_setting('ivfflat.iterative_scan', true), 'off'), 'relaxed_order')),
+        ('jit', 'off')) w (name, value)
+    where w.value <> current_setting(w.name, true);
+end;
+
+-- returns the former values, to be put back
+create function autoembed.widen_search(s autoembed.column_sql, k integer) returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    former text[] := array[current_setting('hnsw.ef_search', true), current_setting('hnsw.iterative_scan', true)];
+    setting record;
+    former jsonb := '{}';
 begin
-    perform set_config('hnsw.ef_search', greatest(former[1]::integer, least(1000, k + 20))::text, true) where former[1] is not null;
-    perform set_config('hnsw.iterative_scan', 'strict_order', true) where former[2] = 'off';
+    for setting in select * from autoembed.search_settings(s, k) loop
+        former := former || jsonb_build_object(setting.name, current_setting(setting.name));
+        perform set_config(setting.name, setting.value, true);
+    end loop;
     return former;
 end
 $$;
 
-create function autoembed.narrow_search(former text[]) returns void
+create function autoembed.narrow_search(former jsonb) returns void
 language sql volatile
 begin atomic
-    select set_config('hnsw.ef_search', former[1], true) where former[1] is not null;
-    select set_config('hnsw.iterative_scan', former[2], true) where former[2] is not null;
+    select set_config(f.key, f.value, true) from jsonb_each_text(former) f;
 end;
 
 -- The model on disk must still be the one that filled the column: distances between two models' vectors mean nothing.
@@ -153,7 +218,7 @@ language plpgsql stable parallel unsafe rows 10 as $$
 declare
     s autoembed.column_sql := autoembed.column_sql_of(autoembed.find(relation, target));
     question pg_catalog.text;
-    former pg_catalog.text[];
+    former pg_catalog.jsonb;
 begin
     if (k between 1 and 1000) is not true then
         raise exception using errcode = 'invalid_parameter_value',
@@ -164,8 +229,8 @@ begin
     perform autoembed.check_key(relation);
     perform autoembed.check_model(s);
     question := @extschema@.embed(query, s.model, 'query')::pg_catalog.text;
-    former := autoembed.widen_search(k, filter is not null);
-    return query execute autoembed.search_statement(s, filter) using question, k, filter;
+    former := autoembed.widen_search(s, k);
+    return query execute autoembed.search_statement(s, filter, autoembed.may_miss(s, filter)) using question, k, filter;
     perform autoembed.narrow_search(former);
 end
 $$;

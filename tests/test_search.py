@@ -35,7 +35,7 @@ def filled(db: Connection, declared: Knowledge) -> None:
 
 @pytest.fixture(scope="module")
 def big_database(shared_rig: Rig) -> Iterator[Database]:
-    """6,000 rows of 16 dimensions, an index, and topics of 1 % each."""
+    """6,000 rows of 16 dimensions and topics of 1 % each: `big` with an HNSW index, `lists` with one of ivfflat."""
     database = Database(shared_rig.server, "big")
     database.create()
     with shared_rig.server.connect("big") as db:
@@ -45,9 +45,12 @@ def big_database(shared_rig: Rig) -> Iterator[Database]:
             "insert into big select n, 'text ' || n, n % 100, (select array_agg(random() - 0.5)"
             " from generate_series(1, 16) d where d + n > 0)::vector from generate_series(1, 6000) n"
         )
-        db.execute("select embed_column('big', 'content'::name, model => 'stub-16')")
+        db.execute("create table lists (like big including all); insert into lists select * from big")
+        for relation in ("big", "lists"):
+            db.execute("select embed_column(%s::regclass, 'content'::name, model => 'stub-16')", [relation])
         db.execute("select embed_index('big')")
-        db.execute("analyze big")
+        db.execute("create index on lists using ivfflat (embedding vector_cosine_ops) with (lists = 600)")
+        db.execute("analyze big, lists")
     yield database
     database.drop()
 
@@ -267,22 +270,83 @@ def test_filtered_search_finds_k_rows(big: Connection, filter: str, count: int) 
         assert [distance for _, distance, _ in found] == sorted(distance for _, distance, _ in found)
 
 
+BY_INDEX = "set enable_seqscan = off; set enable_sort = off; set enable_bitmapscan = off; set jit = off"
+
+
 def test_filtered_search_by_the_index_alone_finds_k_rows(big: Connection) -> None:
-    big.execute("set enable_seqscan = off; set enable_sort = off; set enable_bitmapscan = off")
+    big.execute(BY_INDEX)
     assert "big_embedding_hnsw" in plans(big, "big", k=20, filter='{"topic": 7}')
     found = search(big, "big", "a query", k=20, filter='{"topic": 7}')
     assert len(found) == 20
 
 
-def test_search_leaves_its_settings_behind_nowhere(big: Connection) -> None:
+@pytest.mark.parametrize(
+    ("k", "options"),
+    [(10, {}), (100, {}), (1000, {}), (10, {"filter": '{"topic": 7}'}), (40, {"filter": '{"topic": 7}'})],
+)
+def test_search_by_ivfflat_finds_k_rows(big: Connection, k: int, options: dict[str, str]) -> None:
+    """600 lists of ten rows each, of which pgvector reads one by itself."""
+    big.execute("set enable_seqscan = off; set enable_bitmapscan = off; set jit = off")
+    assert "lists_embedding_idx" in plans(big, "lists", k=k, **options)
+    found = search(big, "lists", "a query", k=k, **options)
+    wanted = oracle(big, "lists", "a query", "stub-16", "topic = 7" if options else "true")[:k]
+    assert len(found) == k
+    assert [distance for _, distance, _ in found] == sorted(distance for _, distance, _ in found)
+    assert len({key["id"] for key, _, _ in found} & {key for _, key in wanted}) >= 0.5 * k
+
+
+LIMITS = ("hnsw.max_scan_tuples = 1", "hnsw.scan_mem_multiplier = 1; set work_mem = '64kB'", "ivfflat.max_probes = 1")
+
+
+@pytest.mark.parametrize("relation", ["big", "lists"])
+@pytest.mark.parametrize("limit", LIMITS)
+def test_filter_that_takes_more_than_the_index_gives(big: Connection, relation: str, limit: str) -> None:
+    """pgvector stops at limits of its own; the table is read then, and every row is there, nearest first."""
     big.execute("load 'vector'")
-    big.execute("begin")
-    big.execute("set hnsw.ef_search = 17")
-    search(big, "big", "a query", k=200, filter='{"topic": 7}')
-    assert scalar(big, "show hnsw.ef_search") == "17"
-    assert scalar(big, "select current_setting('hnsw.iterative_scan')") == "off"
-    big.execute("commit")
-    assert scalar(big, "show hnsw.ef_search") == "17"
+    big.execute(f"{BY_INDEX}; set {limit}")
+    found = search(big, relation, "a query", k=70, filter='{"topic": 7}')
+    wanted = oracle(big, relation, "a query", "stub-16", "topic = 7")
+    assert [key["id"] for key, _, _ in found] == [key for _, key in wanted]
+
+
+def test_policy_that_takes_more_than_the_index_gives(big: Connection, big_database: Database) -> None:
+    big.execute("create role reader; grant select on big to reader")
+    big.execute("grant execute on all functions in schema public to reader")
+    big_database.roles.append("reader")
+    big.execute("alter table big enable row level security; create policy seventh on big to reader using (topic = 7)")
+    try:
+        big.execute(f"load 'vector'; {BY_INDEX}; set hnsw.max_scan_tuples = 1; set role reader")
+        found = search(big, "big", "a query", k=70)
+    finally:
+        big.execute("reset role; drop policy seventh on big; alter table big disable row level security")
+    assert len(found) == 60
+
+
+def test_table_is_not_read_where_the_index_gives_enough(big: Connection) -> None:
+    big.execute("set enable_seqscan = off; set jit = off")
+    big.execute("load 'auto_explain'; set auto_explain.log_analyze = on")
+    for relation in ("big", "lists"):
+        assert "never executed" in plans(big, relation, filter='{"topic": [1, 2, 3, 4, 5, 6, 7, 8]}')
+
+
+SETTINGS = {
+    "hnsw.ef_search": "17",
+    "hnsw.iterative_scan": "off",
+    "ivfflat.probes": "3",
+    "ivfflat.iterative_scan": "off",
+    "jit": "on",
+}
+
+
+@pytest.mark.parametrize("relation", ["big", "lists"])
+def test_search_leaves_its_settings_behind_nowhere(big: Connection, relation: str) -> None:
+    big.execute("load 'vector'; begin")
+    for name, value in SETTINGS.items():
+        big.execute(sql.SQL("set {} = {}").format(sql.Identifier(*name.split(".")), value))
+    search(big, relation, "a query", k=200, filter='{"topic": 7}')
+    for end in ("select", "commit"):
+        big.execute(end)
+        assert {name: scalar(big, "select current_setting(%s)", name) for name in SETTINGS} == SETTINGS
 
 
 INDEX = "select indexdef from pg_indexes where tablename = 'knowledge' and indexdef like '%%hnsw%%'"
