@@ -149,7 +149,8 @@ def check_make(where: str, words: list[str], monkeypatch: pytest.MonkeyPatch) ->
     """The target exists, and the variables mean something to it."""
     done = subprocess.run([*words, "-n"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{where}: {done.stderr}"
-    known = (ROOT / "Makefile").read_text() + "".join(each.read_text() for each in (ROOT / "scripts").glob("*.sh"))
+    readers = [ROOT / "Makefile", *(ROOT / "scripts").glob("*.sh"), *(ROOT / "demo").glob("*.py")]
+    known = "".join(each.read_text(encoding="utf-8") for each in readers)
     for variable, value in (word.split("=", 1) for word in words[1:] if "=" in word):
         assert re.search(rf"\b{variable}\b", known), f"{where} sets {variable}, which nothing reads"
         if variable == "BENCH":
@@ -275,6 +276,42 @@ def test_reference_names_all_that_there_is(reading: Server) -> None:
         names = set(column(connection, MEMBERS)) | {variable.name for variable in VARIABLES}
     words = {word for _, piece in read_page("docs/reference.md").code() for word in re.findall(r"\w+", piece)}
     assert names - words == set()
+
+
+SIGNATURES = """
+    select p.proname, pg_get_function_arguments(p.oid) from pg_proc p
+    join pg_depend d on d.classid = 'pg_proc'::regclass and d.objid = p.oid and d.deptype = 'e'
+    join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed'
+    where p.pronamespace <> 'autoembed'::regnamespace
+"""
+SIGNATURE = re.compile(r"(?:call )?(\w+)\(([^)]*)\)")
+UNSAID = {None, "NULL", "0"}
+"""Defaults that the reference does not repeat: none, null, and the zeros of INOUT arguments."""
+
+
+def in_sql(argument: str) -> tuple[str, str | None]:
+    declaration, _, default = argument.partition(" DEFAULT ")
+    return re.sub(r"^(IN|INOUT) ", "", declaration).split()[0], default.split("::")[0] or None
+
+
+def in_reference(argument: str) -> tuple[str, str | None]:
+    declaration, _, default = argument.partition(" = ")
+    return declaration.split()[0], default or None
+
+
+def test_reference_has_the_arguments_that_there_are(reading: Server) -> None:
+    """In their order, with their defaults."""
+    shown: dict[str, set[tuple[tuple[str, str | None], ...]]] = {}
+    for _, piece in read_page("docs/reference.md").code():
+        if found := SIGNATURE.match(piece):
+            listed = tuple(in_reference(each) for each in found[2].split(", ") if each)
+            shown.setdefault(found[1], set()).add(listed)
+    with reading.connect() as connection:
+        signatures = connection.execute(SIGNATURES).fetchall()
+    for name, declared in signatures:
+        there = [in_sql(each) for each in declared.split(", ") if each and not each.startswith("OUT ")]
+        said = tuple((argument, None if default in UNSAID else default) for argument, default in there)
+        assert said in shown[name], f"the reference has {name} otherwise than {said}"
 
 
 def test_troubleshooting_lists_the_sqlstates_that_it_speaks_of() -> None:

@@ -126,7 +126,8 @@ def statements(page: Page) -> Iterator[tuple[int, str]]:
 
 
 def outputs(said: str) -> dict[int, str]:
-    """What psql printed for each block, by the block's line."""
+    """What psql printed for each block, by the block's line; no spaces at the lines' ends."""
+    said = re.sub(r" +$", "", said, flags=re.MULTILINE)
     parts = re.split(rf"^{MARK} (\d+)$", said, flags=re.MULTILINE)
     return {int(number): text.strip("\n") for number, text in zip(parts[1::2], parts[2::2], strict=True)}
 

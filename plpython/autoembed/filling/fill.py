@@ -1,7 +1,8 @@
 """Fills columns: which rows next, encode them while nothing is held, write them, release them.
 
-The rules are DESIGN.md's "How a batch is embedded". Everything about rows is behind `FillDatabase`; everything about
-vectors is behind `Encoder` and `batching`. This module holds their order, and what an error at each step means.
+The rules are docs/architecture.md's "How a batch is embedded". Everything about rows is behind `FillDatabase`;
+everything about vectors is behind `Encoder` and `batching`. This module holds their order, and what an error at each
+step means.
 """
 
 from __future__ import annotations
