@@ -41,61 +41,96 @@ $$;
 comment on function embed_index(regclass, name, integer, integer, boolean) is
     'make the hnsw index (cosine); with concurrent => true only return the statement, to be run outside a transaction';
 
--- The column and a value of the filter, brought to the type that the column's own btree order works on, and that
--- order's equality: found by name, the operator could be anybody's.
-create function autoembed.filter_equality(type oid, out cast_to text, out equals text)
+-- How a column, or an array column's elements, are compared with a value of the filter: both brought to the type that
+-- the column's own btree order works on, by that order's equality: found by name, the operator could be anybody's.
+-- No equality: a filter does not compare such columns. Text search has another, and a vector is no condition.
+create function autoembed.filter_equality(type oid, out cast_to text, out equals text, out is_array boolean)
 language sql stable
 begin atomic
-    with recursive base (oid) as (
-        select type
+    with recursive base (oid, is_array) as (
+        select type, false
         union all
-        select t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype = 'd'
+        select case t.typtype when 'd' then t.typbasetype else t.typelem end, base.is_array or t.typtype <> 'd'
+        from base join pg_catalog.pg_type t on t.oid = base.oid
+        where t.typtype = 'd' or t.typcategory = 'A' and t.typelem <> 0
     ), plain as (
-        select case when autoembed.is_text(type) then 'text'::regtype::oid else t.oid end as oid, t.typtype
-        from base join pg_catalog.pg_type t on t.oid = base.oid where t.typtype <> 'd'
+        select case when autoembed.is_text(base.oid) then 'text'::regtype::oid else base.oid end as oid,
+               t.typtype, base.is_array
+        from base join pg_catalog.pg_type t on t.oid = base.oid
+        where t.typtype <> 'd' and t.typcategory <> 'A'
     )
-    select autoembed.type_name(p.oid), autoembed.operator_of(o.opcfamily, o.opcintype, 3)
-    from plain p
-    join pg_catalog.pg_opclass o on o.opcdefault and o.opcintype = case p.typtype when 'e' then 'anyenum'::regtype else p.oid end
-    join pg_catalog.pg_am m on m.oid = o.opcmethod and m.amname = 'btree';
+    select autoembed.type_name(p.oid),
+           (select autoembed.operator_of(o.opcfamily, o.opcintype, 3)
+            from pg_catalog.pg_opclass o
+            join pg_catalog.pg_am m on m.oid = o.opcmethod and m.amname = 'btree'
+            where o.opcdefault and o.opcintype = case p.typtype when 'e' then 'anyenum'::regtype else p.oid end
+              and p.oid not in ('jsonb'::regtype, 'tsvector'::regtype, 'tsquery'::regtype)
+              and not autoembed.is_vector(p.oid)),
+           p.is_array
+    from plain p;
 end;
 
--- Conditions from {"column": value}: equality; null is null; an array is any of its elements; a jsonb column contains the value.
-create function autoembed.filter_condition(relation oid, filter jsonb) returns text
+-- one value, or an array of such
+create function autoembed.is_plain(value jsonb) returns boolean
+language sql immutable
+begin atomic
+    select not exists (
+        select from jsonb_array_elements('[]' || value) v where jsonb_typeof(v) in ('array', 'object'));
+end;
+
+create function autoembed.refuse_filter(relation oid, a pg_attribute, value jsonb) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    raise exception using errcode = 'invalid_parameter_value',
+        message = format('the filter cannot compare column %I of %s, of type %s, with a JSON %s',
+                         a.attname, relation::regclass, format_type(a.atttypid, a.atttypmod), jsonb_typeof(value)),
+        hint = 'A filter compares columns of text, numbers, booleans, times, uuids and enums, and arrays of these, with '
+               'a string, a number, a boolean or an array of such; a jsonb column with anything. For other conditions '
+               'write the query yourself, with order by embedding <=> (select embed(...)).';
+end
+$$;
+
+-- A condition from "column": value. Equality; null is null; an array is any of its elements; an array column contains
+-- any of them; a jsonb column contains the value.
+create function autoembed.filter_term(relation oid, name text, value jsonb) returns text
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
-    f record;
     a pg_attribute;
-    e record;
-    conditions text[] := '{}';
+    cast_to text;
+    equals text;
+    is_array boolean;
+    elements text;
+begin
+    select * into a from pg_attribute x
+    where x.attrelid = relation and x.attname = name and x.attnum > 0 and not x.attisdropped;
+    select * into cast_to, equals, is_array from autoembed.filter_equality(a.atttypid);
+    if a.attnum is null then
+        raise exception using errcode = 'undefined_column',
+            message = format('the filter names column %I, which relation %s does not have', name, relation::regclass);
+    elsif value = 'null' then
+        return format('t.%I is null', name);
+    elsif a.atttypid = 'jsonb'::regtype then
+        return format('t.%I operator(pg_catalog.@>) ($3 operator(pg_catalog.->) %L)', name, name);
+    elsif equals is null or not autoembed.is_plain(value) then
+        perform autoembed.refuse_filter(relation, a, value);
+    end if;
+    elements := format('array(select (v.v)::%s from pg_catalog.jsonb_array_elements_text(
+                            pg_catalog.jsonb_build_array() operator(pg_catalog.||) ($3 operator(pg_catalog.->) %L)) v (v))',
+                       cast_to, name);
+    return case when is_array then format('(t.%I)::%s[] operator(pg_catalog.&&) %s', name, cast_to, elements)
+                else format('(t.%I)::%s %s any (%s)', name, cast_to, equals, elements) end;
+end
+$$;
+
+create function autoembed.filter_condition(relation oid, filter jsonb) returns text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
     if jsonb_typeof(filter) <> 'object' then
         raise exception using errcode = 'invalid_parameter_value', message = 'the filter is not a JSON object',
-            hint = 'Write it as {"column": value, …}.';
+            hint = 'Write it as {"column": value, ...}.';
     end if;
-    for f in select x.key, x.value, jsonb_typeof(x.value) as type from jsonb_each(filter) x loop
-        select * into a from pg_attribute x
-        where x.attrelid = relation and x.attname = f.key and x.attnum > 0 and not x.attisdropped;
-        e := autoembed.filter_equality(a.atttypid);
-        if a.attnum is null then
-            raise exception using errcode = 'undefined_column',
-                message = format('the filter names column %I, which relation %s does not have', f.key, relation::regclass);
-        elsif f.type = 'null' then
-            conditions := conditions || format('t.%I is null', f.key);
-        elsif a.atttypid = 'jsonb'::regtype then
-            conditions := conditions || format('t.%I operator(pg_catalog.@>) ($3 operator(pg_catalog.->) %L)', f.key, f.key);
-        elsif f.type = 'object' or e.equals is null then
-            raise exception using errcode = 'invalid_parameter_value',
-                message = format('the filter cannot compare column %I, of type %s, with a JSON %s', f.key, a.atttypid::regtype, f.type);
-        else
-            conditions := conditions || format(
-                '(t.%I)::%s %s any (array(select (v.v)::%2$s from pg_catalog.jsonb_array_elements_text(%4$s) v (v)))',
-                f.key, e.cast_to, e.equals,
-                format(case f.type when 'array' then '$3 operator(pg_catalog.->) %L'
-                       else 'pg_catalog.jsonb_build_array($3 operator(pg_catalog.->) %L)' end, f.key));
-        end if;
-    end loop;
-    return coalesce(nullif(array_to_string(conditions, ' and '), ''), 'true');
+    return coalesce((select string_agg(autoembed.filter_term(relation, f.key, f.value), ' and ')
+                     from jsonb_each(filter) f), 'true');
 end
 $$;
 

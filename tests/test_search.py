@@ -183,10 +183,17 @@ def test_model_that_changed_is_refused(db: Connection, knowledge: Knowledge, rig
 def tagged(db: Connection, declared: Knowledge) -> None:
     declared(12)
     db.execute(
-        """alter table knowledge add topic text, add stars int, add live boolean, add tags jsonb, add "The day" date;
+        """create type mood as enum ('sad', 'glad'); create domain some_ids as int[]; create domain word as text;
+           alter table knowledge add topic text, add stars int, add live boolean, add tags jsonb, add "The day" date,
+               add words text[], add names varchar(9)[], add ids some_ids, add own word[], add moods mood[],
+               add times timestamptz[];
            update knowledge set topic = (array['a', 'b''"\\', null])[id % 3 + 1], stars = id % 4, live = id % 2 = 0,
                tags = jsonb_build_object('n', id % 2, 'list', jsonb_build_array(id)),
-               "The day" = date '2024-1-1' + id::int
+               "The day" = date '2024-1-1' + id::int,
+               words = (array['{food,baking}', '{food,"a,b"}', '{}', null]::text[])[id % 4 + 1]::text[],
+               names = array['n' || id], ids = array[id, id % 3], own = array['w' || id % 3]::word[],
+               moods = array[case when id > 5 then 'sad' else 'glad' end]::mood[],
+               times = array[timestamptz '2024-01-01 00:00+00' + id * interval '1 hour']
         """
     )
     fill(db)
@@ -207,6 +214,15 @@ def tagged(db: Connection, declared: Knowledge) -> None:
         ({"The day": "2024-01-05"}, "\"The day\" = '2024-01-05'"),
         ({"tags": {"n": 1}}, "tags @> '{\"n\": 1}'"),
         ({"tags": {"list": [4]}}, "tags @> '{\"list\": [4]}'"),
+        ({"words": "food"}, "'food' = any (words)"),
+        ({"words": ["none", "a,b"]}, "'a,b' = any (words)"),
+        ({"words": []}, "false"),
+        ({"words": None}, "words is null"),
+        ({"names": ["n3", "n4", None]}, "id in (3, 4)"),
+        ({"ids": 1}, "1 = any (ids)"),
+        ({"own": "w1"}, "mod(id, 3) = 1"),
+        ({"moods": "sad"}, "id > 5"),
+        ({"times": "2024-01-01 07:00+02"}, "id = 5"),
         ({"topic": "a", "live": False}, "topic = 'a' and not live"),
         ({"id": 7}, "id = 7"),
     ],
@@ -223,6 +239,8 @@ def test_filters(db: Connection, tagged: None, filter: dict[str, Any], where: st
     [
         ('{"no such": 1}', "42703"),
         ('{"topic": {"a": 1}}', "22023"),
+        ('{"topic": ["a", ["b"]]}', "22023"),
+        ('{"words": [{"a": 1}]}', "22023"),
         ("[1]", "22023"),
         ('"topic"', "22023"),
         ('{"stars": "many"}', "22P02"),
@@ -233,6 +251,34 @@ def test_filters_that_make_no_sense(db: Connection, tagged: None, filter: str, s
     with pytest.raises(errors.Error) as caught:
         search(db, "knowledge", "a query", filter=filter)
     assert caught.value.sqlstate == state
+
+
+ODD = {
+    "int4range": "[1,2)",
+    "int4multirange": "{[1,2)}",
+    "int4range[]": "{}",
+    "json": "1",
+    "jsonb[]": "{1}",
+    "pair": "(1,2)",
+    "point": "(1,2)",
+    "tsvector": "a",
+    "vector": "[1]",
+}
+"""Types that a filter does not compare, each with a value."""
+
+
+@pytest.mark.parametrize("type_name", ODD)
+@pytest.mark.parametrize("value", ["1", '["1"]'])
+def test_filters_on_what_is_not_compared(db: Connection, declared: Knowledge, type_name: str, value: str) -> None:
+    declared(1)
+    db.execute("create type pair as (a int, b int)")
+    db.execute(f"alter table knowledge add odd {type_name} default '{ODD[type_name]}'")
+    with pytest.raises(
+        errors.InvalidParameterValue, match=r"cannot compare column odd of public.knowledge, of type "
+    ) as caught:
+        search(db, "knowledge", "a query", filter=f'{{"odd": {value}}}')
+    assert "arrays of these" in (caught.value.diag.message_hint or "")
+    assert search(db, "knowledge", "a query", filter='{"odd": null}') == []
 
 
 # --- the index -------------------------------------------------------------------------------------------------
