@@ -1,8 +1,9 @@
 -- From a registration to the pieces of sql that serve its relation.
 --
 -- Two kinds of functions: those that read catalogs and state pin search_path or are bound when created (begin atomic).
--- Those that read or write a user's table must not pin it: the table's own triggers and policies run inside them and
--- expect the session's. So the pieces built here name every function, operator and type with its schema.
+-- Those that read or write a user's table must pin neither it nor any other setting: the table's own triggers and
+-- policies run inside them and expect the session's. So the pieces built here name every function, operator and type
+-- with its schema; and what the planner must be told is set while it plans, and no longer (open_scan, open_lookup).
 
 create type autoembed.column_sql as (
     registration bigint,
@@ -75,6 +76,18 @@ begin atomic
         where base.oid in ('text'::regtype, 'varchar'::regtype, 'bpchar'::regtype)
            or exists (select from pg_catalog.pg_cast c
                       where c.castsource = base.oid and c.casttarget = 'text'::regtype and c.castmethod = 'b'));
+end;
+
+-- the type beneath a domain, or the type itself
+create function autoembed.base_type(type oid) returns oid
+language sql stable
+begin atomic
+    with recursive base (oid, domain_of) as (
+        select t.oid, t.typbasetype from pg_catalog.pg_type t where t.oid = type
+        union all
+        select t.oid, t.typbasetype from base join pg_catalog.pg_type t on t.oid = base.domain_of
+    )
+    select b.oid from base b where b.domain_of = 0;
 end;
 
 -- Its values must come back from jsonb's ->> as they went in, and must run no code of their own on the way.
@@ -152,14 +165,34 @@ begin atomic
     select format('%s.%I', t.typnamespace::pg_catalog.regnamespace, t.typname) from pg_catalog.pg_type t where t.oid = type;
 end;
 
+-- A value of a key as jsonb that is the same in every session: a row's lock and its failures are known by it. Only types
+-- whose text follows a setting pay for it.
+create function autoembed.to_fixed_jsonb(value anyelement) returns jsonb
+language plpgsql stable set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+begin
+    return pg_catalog.to_jsonb(value);
+end
+$$;
+
+create function autoembed.follows_settings(type oid) returns boolean
+language sql stable
+begin atomic
+    select t.typtype <> 'e' and t.oid <> all (array[
+        'bigint', 'integer', 'smallint', 'oid', 'numeric', 'boolean', 'uuid', 'date', 'timestamp', 'time',
+        'text', 'varchar', 'bpchar', 'name']::regtype[])
+    from pg_catalog.pg_type t where t.oid = autoembed.base_type(type);
+end;
+
 create function autoembed.key_columns(
-    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text, out scalar boolean)
+    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text, out scalar boolean,
+    out json text)
 returns setof record
 language sql stable
 begin atomic
     select k.n - 1, a.attname, autoembed.type_name(a.atttypid),
            autoembed.operator_of(opc.opcfamily, opc.opcintype, 3), autoembed.operator_of(opc.opcfamily, opc.opcintype, 5),
-           autoembed.is_scalar(a.atttypid)
+           autoembed.is_scalar(a.atttypid),
+           format(case when autoembed.follows_settings(a.atttypid) then 'autoembed.to_fixed_jsonb(t.%I)' else 't.%I' end, a.attname)
     from pg_catalog.pg_index i
     cross join lateral unnest((i.indkey::smallint[])[0 : i.indnkeyatts - 1], (i.indclass::oid[])[0 : i.indnkeyatts - 1])
         with ordinality as k (attnum, class, n)
@@ -223,7 +256,7 @@ begin
 
     select array_agg(c.name order by c.position) as names,
            string_agg(format(case c.position when 0 then 'least(t.%I)' else 't.%I' end, c.name), ', ' order by c.position) as indexed,
-           format('pg_catalog.jsonb_build_array(%s)', string_agg(format('t.%I', c.name), ', ' order by c.position)) as key,
+           format('pg_catalog.jsonb_build_array(%s)', string_agg(c.json, ', ' order by c.position)) as key,
            string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type), ' and ' order by c.position) as matching,
            string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', ' order by c.position) as bounds,
            min(c.greater) as greater
@@ -306,3 +339,29 @@ language sql immutable
 begin atomic
     select format('%s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''', content);
 end;
+
+-- A statement over a user's table is planned as a cursor is opened here, and runs as its one row is fetched, under the
+-- caller's settings: those that stand here would reach the table's own triggers and policies. The planner is bound to
+-- an index in the order that is asked for: with old statistics it would sort, or walk another one. jit is off because
+-- what is switched off counts as very expensive, and jit would compile for seconds to run in microseconds.
+create function autoembed.open_scan(query text, after jsonb, wanted bigint, beyond text default null) returns refcursor
+language plpgsql volatile set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off as $$
+declare
+    planned pg_catalog.refcursor;
+begin
+    open planned for execute query using after, wanted, beyond;
+    return planned;
+end
+$$;
+
+-- The same for rows that are named by their keys.
+create function autoembed.open_lookup(query text, keys jsonb[], hashes bytea[] default null, vectors text[] default null)
+returns refcursor
+language plpgsql volatile set enable_seqscan = off set jit = off as $$
+declare
+    planned pg_catalog.refcursor;
+begin
+    open planned for execute query using keys, hashes, vectors;
+    return planned;
+end
+$$;

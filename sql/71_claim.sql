@@ -80,35 +80,34 @@ language plpgsql volatile as $$
 declare
     held pg_catalog.jsonb[];
     hashes pg_catalog.bytea[];
+    found pg_catalog.refcursor;
 begin
     select * into held, hashes from autoembed.held_keys(s.registration, keys);
     if held is null then
         return '{}';
     end if;
-    execute pg_catalog.format(
-        'select coalesce(pg_catalog.array_agg(d.key), ''{}'') from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as d (key, hash) join %s t on %s
-         where autoembed.hash(%s) operator(pg_catalog.=) d.hash', s.rows, s.matching, s.content)
-    into held using held, hashes;
+    found := autoembed.open_lookup(pg_catalog.format(
+        'select coalesce(pg_catalog.array_agg(d.key), ''{}'')
+         from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as d (key, hash) join %s t on %s
+         where autoembed.hash(%s) operator(pg_catalog.=) d.hash', s.rows, s.matching, s.content), held, hashes);
+    fetch found into held;
+    close found;
     return held;
 end
 $$;
 
 -- Up to `wanted` keys that are pending and not held back, after the cursor, in key order, and the locks that a claim
 -- of them may take. The scan is bounded: rows in back-off move the cursor on and cost no more than that.
--- The planner is bound to the partial index: with old statistics it would sort, or walk another one. jit is off here and
--- below because what is switched off counts as very expensive, and jit would compile for seconds to run in microseconds.
--- The other settings make a key's jsonb, and so its lock and its failures, the same in every session.
 create function autoembed.candidates(
     s autoembed.column_sql, after jsonb, wanted integer,
     out keys jsonb[], out locks bigint[], out cursor jsonb, out passed integer, out inflight bigint)
 returns setof record
-language plpgsql volatile
-    set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
-    set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+language plpgsql volatile as $$
 declare
     careful pg_catalog.bool;
     held pg_catalog.jsonb[];
     scan pg_catalog.int4 := wanted;
+    found pg_catalog.refcursor;
 begin
     s := autoembed.lock_column(s);
     if s.relation is null or not s.enabled then
@@ -116,11 +115,13 @@ begin
     end if;
     careful := autoembed.holds_back(s.registration);
     loop
-        execute pg_catalog.format(
+        found := autoembed.open_scan(pg_catalog.format(
             'select pg_catalog.array_agg(c.key order by c.n)
              from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s order by %s limit $2) c',
-            s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering)
-        into keys using after, scan;
+            s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering),
+            after, scan);
+        fetch found into keys;
+        close found;
         if keys is null then
             return;
         end if;
@@ -167,9 +168,10 @@ create function autoembed.claim(
     s autoembed.column_sql, inflight bigint, wanted jsonb[], alone boolean,
     out generation bigint, out keys jsonb[], out contents text[], out hashes bytea[], out lost integer)
 returns setof record
-language plpgsql volatile set enable_seqscan = off set jit = off as $$
+language plpgsql volatile as $$
 declare
     mine pg_catalog.jsonb[];
+    found pg_catalog.refcursor;
 begin
     if alone then
         perform pg_catalog.pg_advisory_lock(autoembed.solo_lock());
@@ -181,13 +183,14 @@ begin
         return;
     end if;
     mine := autoembed.try_locks(s, inflight, wanted);
-    execute pg_catalog.format(
+    found := autoembed.open_lookup(pg_catalog.format(
         'select coalesce(pg_catalog.array_agg(c.key), ''{}''), coalesce(pg_catalog.array_agg(c.content), ''{}''),
                 coalesce(pg_catalog.array_agg(autoembed.hash(c.content)), ''{}'')
          from (select d.key, %1$s as content from pg_catalog.unnest($1) as d (key) join %2$s t on %3$s where %4$s) c
          where c.content collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
-        s.content, s.rows, s.matching, s.pending)
-    into keys, contents, hashes using mine;
+        s.content, s.rows, s.matching, s.pending), mine);
+    fetch found into keys, contents, hashes;
+    close found;
     if pg_catalog.cardinality(keys) operator(pg_catalog.<) pg_catalog.cardinality(mine) then
         perform autoembed.release(autoembed.locks_without(s, mine, keys));
     end if;

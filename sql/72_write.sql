@@ -6,16 +6,17 @@
 create function autoembed.complete(
     s autoembed.column_sql, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
 returns jsonb[]
-language plpgsql volatile set enable_seqscan = off set jit = off as $$
+language plpgsql volatile as $$
 declare
     written pg_catalog.jsonb[];
     changed pg_catalog.jsonb[];
+    wrote pg_catalog.refcursor;
 begin
     s := autoembed.lock_column(s);
     if s.relation is null or s.generation operator(pg_catalog.<>) generation then
         return '{}';
     end if;
-    execute pg_catalog.format(
+    wrote := autoembed.open_lookup(pg_catalog.format(
         'with encoded as materialized (
              select d.key, d.hash, d.vector from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) as d (key, hash, vector)
          ), free as materialized (
@@ -28,12 +29,15 @@ begin
          )
          select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
                 pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',
-        s.rows, s.matching, s.target, s.content, s.type)
-    into written, changed using keys, hashes, vectors;
+        s.rows, s.matching, s.target, s.content, s.type), keys, hashes, vectors);
+    fetch wrote into written, changed;
+    close wrote;
     if changed is not null then
-        execute pg_catalog.format(
-            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s', s.rows, s.target, s.matching)
-        using changed;
+        wrote := autoembed.open_lookup(pg_catalog.format(
+            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s returning true',
+            s.rows, s.target, s.matching), changed);
+        move wrote;
+        close wrote;
     end if;
     return written;
 end

@@ -3,22 +3,28 @@
 -- Is there a row to be tried now, and, where a snapshot is given, one that it does not show?
 -- It waits for no table that somebody holds (an index is built, say): its owner's other tables would wait as well.
 create function autoembed.has_pending(s autoembed.column_sql, beyond text default null) returns boolean
-language plpgsql volatile set lock_timeout = '100ms' as $$
+language plpgsql volatile as $$
 begin
-    s := autoembed.lock_column(s);
+    s := autoembed.lock_column_soon(s);
     return s.relation is not null and s.enabled and autoembed.any_due(s, beyond);
+end
+$$;
+
+create function autoembed.lock_column_soon(s autoembed.column_sql) returns autoembed.column_sql
+language plpgsql volatile set search_path = pg_catalog, pg_temp set lock_timeout = '100ms' as $$
+begin
+    return autoembed.lock_column(s);
 end
 $$;
 
 -- A row in the partial index may be blank after all, or held back. A thousand are looked at: should none of so many be
 -- due, a fill finds out about the others.
 create function autoembed.any_due(s autoembed.column_sql, beyond text default null) returns boolean
-language plpgsql volatile
-    set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
-    set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+language plpgsql volatile as $$
 declare
     after pg_catalog.jsonb := (select f.key from autoembed.frontier(s) f);
     rows pg_catalog.text;
+    found pg_catalog.refcursor;
     due pg_catalog.bool;
 begin
     loop
@@ -27,7 +33,7 @@ begin
             case when after is not null then pg_catalog.format('and %s', s.beyond) end,
             case when beyond is not null then 'and autoembed.is_newer(t.xmin, $3)' end,
             pg_catalog.format('order by %s', s.ordering));
-        execute pg_catalog.format(
+        found := autoembed.open_scan(pg_catalog.format(
             'select exists (select from (select %s as key, %s as content %s limit 1000) c where %s %s) or exists (select %3$s offset 1000 limit 1)',
             s.key, s.content, rows, autoembed.has_text('c.content'),
             case when autoembed.holds_back(s.registration) then
@@ -35,8 +41,10 @@ begin
                      select from autoembed.failure f
                      where f.registration operator(pg_catalog.=) $2 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
                        and f.key operator(pg_catalog.=) c.key and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
-                       and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end)
-        into due using after, s.registration, beyond;
+                       and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end),
+            after, s.registration, beyond);
+        fetch found into due;
+        close found;
         exit when due or after is null;
         after := null;  -- nothing behind the frontier: now all rows
     end loop;
@@ -141,10 +149,9 @@ $$;
 -- Reads one row more than are held back, so it takes no longer with a million rows pending.
 create function autoembed.left_over(
     s autoembed.column_sql, out untried boolean, out waiting bigint, out next_try timestamptz, out failed bigint)
-language plpgsql volatile
-    set enable_seqscan = off set enable_sort = off set enable_bitmapscan = off set jit = off
-    set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+language plpgsql volatile as $$
 declare
+    found pg_catalog.refcursor;
     keys pg_catalog.jsonb[];
     held pg_catalog.jsonb[];
 begin
@@ -154,10 +161,12 @@ begin
     if s.relation is null then
         return;
     end if;
-    execute pg_catalog.format(
-        'select pg_catalog.array_agg(c.key) from (select %s as key from %s t where %s and %s order by %s limit $1) c',
-        s.key, s.rows, s.pending, autoembed.has_text(s.content), s.ordering)
-    into keys using autoembed.held_count(s.registration) operator(pg_catalog.+) 1;
+    found := autoembed.open_scan(pg_catalog.format(
+        'select pg_catalog.array_agg(c.key) from (select %s as key from %s t where %s and %s order by %s limit $2) c',
+        s.key, s.rows, s.pending, autoembed.has_text(s.content), s.ordering),
+        null, autoembed.held_count(s.registration) operator(pg_catalog.+) 1);
+    fetch found into keys;
+    close found;
     if keys is null then
         return;
     end if;
