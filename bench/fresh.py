@@ -87,7 +87,7 @@ def memory(started: float, directory: str, name: str, texts: list[str]) -> dict[
     """Megabytes: the peak while encoding, above the resident pages of the model's mapped files and above idling."""
     encoder = open_encoder(directory, name)
     _encode(encoder, texts[:1])
-    encoder.rest()
+    encoder.free_memory()
     idle = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     begun = time.monotonic()
@@ -95,7 +95,7 @@ def memory(started: float, directory: str, name: str, texts: list[str]) -> dict[
         _encode(encoder, some)
     took = time.monotonic() - begun
     peak, weights = status("VmHWM"), mapped(Path(directory) / name)
-    encoder.rest()
+    encoder.free_memory()
     return {
         "peak": peak,
         "weights": weights,
@@ -157,7 +157,7 @@ def open_encoder(directory: str, name: str, threads: int | None = None) -> Any:
 def _encode_all(encoder: Any, texts: list[str]) -> None:
     for some in _batches(texts):
         _encode(encoder, some)
-    encoder.rest()
+    encoder.free_memory()
 
 
 def _encode(encoder: Any, texts: list[str]) -> None:

@@ -108,8 +108,8 @@ def vector(connection: Connection, text: str, model: str = MINILM) -> np.ndarray
 def model_in_use(connection: Connection, name: str) -> str:
     """Its fingerprint."""
     with notices(connection) as heard:
-        block = f"do language plpython3u $$ plpy.notice(GD['autoembed models'].loaded['{name}'].model.fingerprint) $$"
-        connection.execute(block.encode())
+        code = f"plpy.notice(GD['autoembed models'].by_name['{name}'].encoder.model.fingerprint)"
+        connection.execute(f"do language plpython3u $$ {code} $$".encode())
     return str(heard[0].message)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from psycopg import errors
 
-from support.rigging import Rig, add_stub, rows, scalar
+from support.rigging import Rig, add_stub, fill, rows, scalar
 from support.server import Connection, Server, wait_until
 
 pytest_plugins = ["support.rig"]
@@ -40,6 +40,17 @@ def test_loads_counts_and_unloads(db: Connection, connect: Connect) -> None:
     assert scalar(session, "select embed_unload()") == 0
     session.execute("select embed('again')")
     assert loaded(db, session) == {"stub-384": 1}
+
+
+def test_texts_of_each_kind_of_call_are_counted(db: Connection, declared: Callable[..., str]) -> None:
+    name = declared(texts=["one", "two", "raiseword", "three", "four"])
+    fill(db, batch=2)
+    assert loaded(db, db) == {"stub-384": 5}
+    scalar(db, "select embed_column_set(%s::regclass, 'embedding', mode => 'immediate')::text", name)
+    db.execute(f"insert into {name} (content) values ('five'), ('six')")
+    assert loaded(db, db) == {"stub-384": 7}
+    db.execute("select embed('seven'), embed(array['eight', null, 'eight'])")
+    assert loaded(db, db) == {"stub-384": 10}
 
 
 def test_least_recently_used_goes_first(db: Connection, connect: Connect, rig: Rig) -> None:

@@ -50,6 +50,7 @@ class FakeEncoder:
         self.token_budget = 200
         self.pads = True
         self.interruptible = False
+        self.shared = False
         self.batches: list[list[str]] = []
         self.fault, self.bend, self.count_fault = fault, bend, count_fault
 
@@ -75,7 +76,7 @@ class FakeEncoder:
     def use_threads(self, fixed: int | None) -> None:
         pass
 
-    def rest(self) -> None:
+    def free_memory(self) -> None:
         pass
 
     def close(self) -> None:

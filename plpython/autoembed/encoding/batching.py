@@ -190,7 +190,7 @@ class _Batch:
                 yield done
                 continue
             if _is_out_of_memory(failed):
-                self.encoder.rest()
+                self.encoder.free_memory()
                 self.pace.ran_out_of_memory(self._cost(part))
                 if len(part) == 1 and part[0] not in rested:  # what earlier ones had left allocated is free now
                     rested.add(part[0])

@@ -33,7 +33,8 @@ class Encoder(Protocol):
     """A loaded model. `max_texts` and `token_budget` are the largest micro-batch that it encodes well.
 
     Where it `pads`, a micro-batch costs as many tokens as if all its texts were as long as the longest. An encoder
-    that is `interruptible` calls `checkpoint` every few tenths of a second; what that raises it lets pass.
+    that is `interruptible` calls `checkpoint` every few tenths of a second; what that raises it lets pass. The weights
+    of a `shared` one are the postmaster's.
     """
 
     model: Model
@@ -42,6 +43,7 @@ class Encoder(Protocol):
     token_budget: int
     pads: bool
     interruptible: bool
+    shared: bool
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
         """What it raises is the texts' fault or a lack of memory."""
@@ -52,8 +54,8 @@ class Encoder(Protocol):
     def use_threads(self, fixed: int | None) -> None:
         """From now on; None leaves their number to the encoder. A model preloaded before a fork was loaded with one."""
 
-    def rest(self) -> None:
-        """A run has ended: give back the memory that only encoding needs."""
+    def free_memory(self) -> None:
+        """Frees the memory that only encoding needs."""
 
     def close(self) -> None:
-        """Free the weights."""
+        """Frees the weights, too. Not for `shared` ones, which other processes use."""

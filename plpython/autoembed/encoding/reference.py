@@ -63,6 +63,7 @@ class StEncoder:
         self._settle(device)
         self.pads = True
         self.interruptible = False
+        self.shared = False
         self._transformer = transformer
 
     @classmethod
@@ -104,7 +105,7 @@ class StEncoder:
     def use_threads(self, fixed: int | None) -> None:
         set_threads(fixed)
 
-    def rest(self) -> None:
+    def free_memory(self) -> None:
         self._release()
 
     def close(self) -> None:

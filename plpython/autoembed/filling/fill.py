@@ -192,5 +192,5 @@ class Filler:
         """Frees what the encoder keeps between two batches; returns False where none is loaded."""
         if self.loaded is None:
             return False
-        self.loaded.rest()
+        self.loaded.free_memory()
         return True

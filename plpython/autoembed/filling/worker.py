@@ -54,11 +54,11 @@ class Place:
 
 @dataclass
 class Worker:
-    """One call's loop. `fill` fills one column within limits; `rest` gives back what only encoding needs."""
+    """One call's loop. `fill` fills one column within limits; `free_memory` frees what only encoding needs."""
 
     database: WorkerDatabase
     fill: Callable[[Column, Totals, Limits], None]
-    rest: Callable[[], None]
+    free_memory: Callable[[], None]
     warn: Callable[[Column, AutoembedError], None]
     totals: Totals
     seconds: int | None
@@ -76,7 +76,7 @@ class Worker:
                 interval, tired = SHORTEST, True
                 continue
             if tired and interval >= LONGEST:
-                self.rest()
+                self.free_memory()
                 tired = False
             sleep(self.database, min(max(interval, PROBING_SHARE * looking), self.left()))
             interval = min(2 * interval, LONGEST)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from autoembed.encoding.protocol import Encoder
     from autoembed.filling.records import Column
     from autoembed.server.database import SessionDatabase
-    from autoembed.server.loaded_models import Cache
+    from autoembed.server.loaded_models import LoadedModels
 
 MAX_BATCH = 512
 MAX_WORKERS = 64
@@ -82,7 +82,7 @@ def set_isolation(database: SessionDatabase, level: str) -> None:
     database.value("select pg_catalog.set_config('default_transaction_isolation', $1, false)", ["text"], [level])
 
 
-def encoder_of(column: Column, models: Cache) -> Encoder:
+def encoder_of(column: Column, models: LoadedModels) -> Encoder:
     """Returns the column's encoder, if its model is still the one that the column was declared with."""
     encoder = models.encoder(column.model)
     if encoder.model.fingerprint != column.fingerprint:
@@ -97,13 +97,14 @@ def encoder_of(column: Column, models: Cache) -> Encoder:
 class FillCall:
     """One call that fills, from its bare commit to its INOUT arguments."""
 
-    def __init__(self, plpy: Any, database: SessionDatabase, models: Cache, batch: int | None) -> None:
+    def __init__(self, plpy: Any, database: SessionDatabase, models: LoadedModels, batch: int | None) -> None:
         self.plpy = plpy
         self.database = database
         self.models = models
         self.batch = batch_of(batch)
         self.totals = Totals()
         self.started = time.monotonic()
+        self.counted = 0
         self.used = False
 
     def fill_pending(self, relation: str | None, max_rows: int | None, max_seconds: int | None) -> dict[str, int]:
@@ -130,7 +131,7 @@ class FillCall:
             yield
         finally:
             if self.used:
-                self.models.rest()
+                self.models.free_memory()
 
     @contextmanager
     def place(self, workers: int) -> Iterator[bool]:
@@ -156,7 +157,7 @@ class FillCall:
 
     def log(self, seconds: float) -> None:
         totals = self.totals
-        encoders = ", ".join(f"{name} on {loaded.device}" for name, loaded in self.models.loaded.items())
+        encoders = ", ".join(f"{name} on {loaded.encoder.device}" for name, loaded in self.models.by_name.items())
         self.plpy.log(
             f"autoembed: {counted(totals.embedded)} embedded, {totals.failed} failed, {totals.skipped} skipped, "
             f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s "
@@ -189,8 +190,13 @@ class FillCall:
     def fill(self, column: Column, limits: Limits, progress: Callable[[Column, Totals], None]) -> None:
         """Fills one column. What the table's own objects raise is its trouble, as is what its model lacks."""
         encoder = partial(self.encoder_of, column)
+
+        def after_batch(column: Column, totals: Totals) -> None:
+            self.count(column)
+            progress(column, totals)
+
         try:
-            Filler(self.database, column, encoder, self.totals, limits, self.batch, progress).run()
+            Filler(self.database, column, encoder, self.totals, limits, self.batch, after_batch).run()
         except self.database.error as error:
             state = self.database.sqlstate(error)
             if state.startswith(CALLS_OWN):
@@ -200,6 +206,12 @@ class FillCall:
             trouble = NotFilled(problem=said, hint=said.hint)
             trouble.sqlstate = state
             raise trouble from None
+
+    def count(self, column: Column) -> None:
+        """Counts the model's texts since the last batch."""
+        handled = self.totals.embedded + self.totals.failed + self.totals.skipped
+        self.models.count(column.model, handled - self.counted)
+        self.counted = handled
 
     def encoder_of(self, column: Column) -> Encoder:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
@@ -213,7 +225,7 @@ class FillCall:
         def warn(column: Column, error: AutoembedError) -> None:
             self.plpy.warning(f"{column.label} is not filled: {error}", hint=error.hint)
 
-        return Worker(self.database, fill, self.models.rest, warn, self.totals, max_seconds)
+        return Worker(self.database, fill, self.models.free_memory, warn, self.totals, max_seconds)
 
 
 def wait(database: SessionDatabase, relation: str | None, timeout: str | None) -> None:

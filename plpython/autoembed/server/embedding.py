@@ -13,14 +13,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from autoembed.encoding.protocol import Encoder
+    from autoembed.server.loaded_models import LoadedModels
 
 
 def embed(
-    encoder: Encoder, contents: Sequence[str | None], prompt: str | None, checkpoint: Callable[[], None]
+    models: LoadedModels,
+    model: str | None,
+    contents: Sequence[str | None],
+    prompt: str | None,
+    checkpoint: Callable[[], None],
 ) -> list[str | None]:
     """Returns the vectors in pgvector's text form, in the texts' order; null stays null."""
+    encoder = models.encoder(model)
     texts = [text for text in contents if text is not None]
     outcomes = batching.encode_all(encoder, texts, prompt=prompt_of(encoder, prompt), checkpoint=checkpoint)
+    models.count(encoder.model.name, len(texts))
     positions = [position for position, text in enumerate(contents, 1) if text is not None]
     vectors = iter([vector(outcome, position) for position, outcome in zip(positions, outcomes, strict=True)])
     return [None if text is None else next(vectors) for text in contents]

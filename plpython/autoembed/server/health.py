@@ -129,7 +129,7 @@ def one_core_gflops() -> float:
 
 def check_preload(gd: dict[str, Any], model: Model | None) -> Check:
     found: preloaded.Preloaded | None = gd.get(preloaded.KEY)
-    state = preloaded.describe(gd)
+    state = preloaded.report(gd)
     if found is None:
         wanted = (
             state

@@ -15,13 +15,13 @@ from autoembed.server.database import column_of
 
 if TYPE_CHECKING:
     from autoembed.server.database import SessionDatabase
-    from autoembed.server.loaded_models import Cache
+    from autoembed.server.loaded_models import LoadedModels
 
 
 class Immediate:
     """The columns whose rows this session is embedding right now, and how it does."""
 
-    def __init__(self, plpy: Any, database: SessionDatabase, models: Cache) -> None:
+    def __init__(self, plpy: Any, database: SessionDatabase, models: LoadedModels) -> None:
         self.plpy = plpy
         self.database = database
         self.models = models
@@ -58,7 +58,7 @@ class Immediate:
             if state.startswith(("57", "40", "25")):
                 raise
             if state == OUT_OF_MEMORY:
-                self.models.rest()
+                self.models.free_memory()
             self.plpy.warning(f"{plan['label']}: new rows stay pending{self.reason(error)}")
         except Exception as error:  # noqa: BLE001 -- a cancel is a SPIError, and went its way above
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
@@ -78,6 +78,7 @@ class Immediate:
             prompt=encoder.model.prompts["document"],
             checkpoint=self.database.check_encoding,
         )
+        self.models.count(column.model, len(rows))
         good = [
             (row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)
         ]

@@ -105,7 +105,8 @@ def load(model: Model, wanted: Settings, device: str) -> Encoder:
     if isinstance(outcome, batching.Failure):
         raise BrokenModel(name=model.name, reason=outcome.message)
     vectors.to_text(outcome.values)
-    encoder.rest()
+    encoder.free_memory()
+    encoder.shared = True
     return encoder
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from autoembed.models import directory
 from autoembed.process.device import resolve
@@ -29,21 +29,8 @@ class Preloaded:
     problems: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Inherited:
-    """A preloaded encoder in a backend. Closing it gives back what this backend added: the weights are shared."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)
-
-    def close(self) -> None:
-        self._encoder.rest()
-
-
 def take(gd: dict[str, Any], model: Model, current: Settings) -> Encoder | None:
-    """The postmaster's encoder of this very model, on this session's device; None where there is none."""
+    """Returns the postmaster's encoder of this very model, on this session's device; None where there is none."""
     loaded: Preloaded | None = gd.get(KEY)
     encoder = loaded.encoders.get(model.name) if loaded else None
     if loaded is None or encoder is None or encoder.model != model:
@@ -60,11 +47,12 @@ def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | No
     encoder.use_threads(current.threads)
     device = resolve(current.device)
     if device == encoder.device:
-        return cast("Encoder", Inherited(encoder))
+        return encoder
     move = getattr(encoder, "move", None)
     if move is None:
         return None
-    del loaded.encoders[encoder.model.name]  # this session's own from now on
+    del loaded.encoders[encoder.model.name]
+    encoder.shared = False  # this session's own from now on
     move(device)
     return encoder
 
@@ -72,12 +60,13 @@ def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | No
 def annotate(gd: dict[str, Any], rows: Sequence[tuple[str, str | None, str]]) -> list[tuple[str, str | None, str]]:
     """The settings as they are reported, and of EMBEDDING_PRELOAD what came of it."""
     return [
-        (name, value, f"{source}; {describe(gd)}" if name == VARIABLE and value else source)
+        (name, value, f"{source}; {report(gd)}" if name == VARIABLE and value else source)
         for name, value, source in rows
     ]
 
 
-def describe(gd: dict[str, Any]) -> str:
+def report(gd: dict[str, Any]) -> str:
+    """Returns in words what the postmaster has preloaded."""
     loaded: Preloaded | None = gd.get(KEY)
     if loaded is None:
         return "nothing is preloaded, since shared_preload_libraries has no autoembed_preload that works"

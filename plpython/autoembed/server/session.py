@@ -16,8 +16,9 @@ from autoembed.server import calls, embedding, preloaded, status_file
 from autoembed.server.calls import FillCall
 from autoembed.server.database import SessionDatabase
 from autoembed.server.immediate import Immediate
-from autoembed.server.loaded_models import Cache
+from autoembed.server.loaded_models import LoadedModels
 from autoembed.server.refusals import Refusal, interface
+from autoembed.server.status_file import StatusFile
 
 
 def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
@@ -34,7 +35,7 @@ class Session:
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
         self.gd = gd
-        self.models: Cache = gd.setdefault("autoembed models", Cache(gd, status_file.Page()))
+        self.models: LoadedModels = gd.setdefault("autoembed models", LoadedModels(gd, StatusFile()))
         self.database = SessionDatabase(plpy)
         self.immediate = Immediate(plpy, self.database, self.models)
 
@@ -57,7 +58,7 @@ class Session:
     def vectors(self, contents: list[str | None], model: str | None, prompt: str | None) -> list[str | None]:
         if all(text is None for text in contents):
             return contents
-        return embedding.embed(self.models.encoder(model), contents, prompt, self.database.check_encoding)
+        return embedding.embed(self.models, model, contents, prompt, self.database.check_encoding)
 
     @interface
     def embed_load(self, model: str | None) -> str:

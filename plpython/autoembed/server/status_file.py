@@ -24,7 +24,7 @@ TRIES = 5
 PROC = Path("/proc")
 
 
-class Page:
+class StatusFile:
     """This backend's own file, there while something is loaded. Written in place: no more than a system call."""
 
     def __init__(self, directory: Path = DIRECTORY) -> None:
@@ -33,7 +33,7 @@ class Page:
         self.file = -1
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Not worth an error: who cannot write it is not shown."""
+        """Writes what is loaded. A session that cannot write it is not shown, and works all the same."""
         with suppress(OSError):
             if not entries:
                 self.close()
@@ -73,7 +73,7 @@ def unpack(page: bytes) -> list[dict[str, Any]] | None:
     return entries
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_entries(path: Path) -> list[dict[str, Any]]:
     for _ in range(TRIES):
         with suppress(OSError):
             entries = unpack(path.read_bytes())
@@ -100,7 +100,7 @@ def sessions(visible: Collection[int], directory: Path = DIRECTORY) -> list[dict
         if pid in visible:
             private, shared = memory_of(pid)
             about = {"pid": pid, "private_bytes": private, "shared_bytes": shared}
-            found += [about | entry for entry in read(path)]
+            found += [about | entry for entry in read_entries(path)]
     return found
 
 

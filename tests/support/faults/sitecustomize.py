@@ -76,6 +76,7 @@ class Stub:
         self.token_budget = 2048
         self.pads = True
         self.interruptible = False
+        self.shared = False
 
     def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
         from autoembed.encoding.protocol import Tokenized
@@ -116,7 +117,7 @@ class Stub:
     def use_threads(self, fixed: int | None) -> None:
         pass
 
-    def rest(self) -> None:
+    def free_memory(self) -> None:
         pass
 
     def close(self) -> None:

@@ -83,10 +83,10 @@ class Short:
 
 
 class Counting(FakeEncoder):
-    rests = 0
+    freed = 0
 
-    def rest(self) -> None:
-        self.rests += 1
+    def free_memory(self) -> None:
+        self.freed += 1
 
 
 def filler(database: Short, encoder: FakeEncoder) -> Filler:
@@ -105,7 +105,7 @@ def test_locks_are_given_back_without_memory(error: Exception, step: str) -> Non
     with pytest.raises(type(error)):
         filler(database, encoder).fill_batch(FOUND, alone=False)
     assert database.held == set()
-    assert encoder.rests > 0
+    assert encoder.freed > 0
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["server", "python"])
@@ -121,7 +121,7 @@ def test_write_without_memory_is_tried_again(error: Exception) -> None:
     encoder = Counting()
     one = filler(Short(error, complete=1), encoder)
     assert one.fill_batch(FOUND, alone=False) == 0
-    assert (one.totals.embedded, encoder.rests) == (1, 1)
+    assert (one.totals.embedded, encoder.freed) == (1, 1)
 
 
 @pytest.mark.parametrize("step", ["check_interrupts", "commit"])

@@ -69,6 +69,7 @@ class PackedEncoder:
         self.model = model
         self.token_budget = TOKEN_BUDGETS[model.precision]
         self.policy = threads.Policy(max_threads, model.bytes)
+        self.shared = False
         self._loaded: Loaded | None = loaded
 
     @classmethod
@@ -105,7 +106,7 @@ class PackedEncoder:
     def use_threads(self, fixed: int | None) -> None:
         self.policy = threads.Policy(fixed, self.model.bytes)
 
-    def rest(self) -> None:
+    def free_memory(self) -> None:
         self.loaded.network.space.clear()
         memory.trim()
 

@@ -336,7 +336,7 @@ one = encoder({name!r})
 encode(one, ["word " * 3000])
 encode(one, ["word" * 4000])
 for text in ("word " * 200_000, "word" * 250_000):
-    one.rest()
+    one.free_memory()
     new_peak()
     before, started = status("VmHWM"), time.monotonic()
     encode(one, [text])
@@ -354,7 +354,7 @@ one = encoder("tiny-mpnet")
 def run(rounds):
     for number in range(rounds):
         encode(one, [f"vacuum {number} " * (place % 6) for place in range(100)])
-    one.rest()
+    one.free_memory()
     return status("VmRSS")
 before = run(20)
 print(run(80) - before)
@@ -366,11 +366,11 @@ def test_resting_gives_memory_back(lively_shelf: Settings) -> None:
     code = """
 one = encoder("all-MiniLM-L6-v2")
 encode(one, ["warm"])
-one.rest()
+one.free_memory()
 idle = status("RssAnon")
 encode(one, [f"{number} " + "vacuum " * 250 for number in range(8)])
 busy = status("RssAnon")
-one.rest()
+one.free_memory()
 print(busy - idle, status("RssAnon") - idle)
 """
     used, kept = map(int, in_a_process(code, lively_shelf.model_dir).split())
