@@ -126,6 +126,23 @@ def tiny_mpnet(directory: Path, name: str = "tiny-mpnet") -> Path:
     return folder
 
 
+def two_poolings(directory: Path, name: str = "served-by-sentence-transformers") -> Path:
+    """A BERT whose mean and maximum stand side by side, which the packed encoder does not compute; 64 dimensions."""
+    from transformers import BertConfig, BertModel
+
+    folder = directory / name
+    folder.mkdir(parents=True)
+    for file in ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(packaged_minilm() / file, folder / file)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    _seeded(BertModel, BertConfig(**sizes, architectures=["BertModel"])).save_pretrained(folder)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
+    write_modules(folder, [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")])
+    write_pooling(folder, 32, "mean")
+    write_json(folder / "1_Pooling" / "config.json", {"embedding_dimension": 32, "pooling_mode": ["mean", "max"]})
+    return folder
+
+
 def nan_for(word: str, directory: Path, name: str = "nan-for-a-word") -> Path:
     """MiniLM whose vectors are NaN for texts that contain the word (one of its vocabulary, in lower case)."""
     folder = minilm(directory, name)

@@ -96,6 +96,12 @@ def test_a_megabyte(real: Connection, oracle: Oracle) -> None:
     assert np.abs(embed(real, text) - oracle(text[:10_000])).max() < 1e-5
 
 
+@pytest.mark.parametrize("before", [" " * 16_384, "\n" * 200_000, "a" * 20_000 + " "], ids=["spaces", "lines", "word"])
+def test_what_stands_far_behind_is_read_if_little_stands_before_it(real: Connection, before: str) -> None:
+    short = embed(real, before[-200:] + "giraffe in the garden")
+    assert np.abs(embed(real, before + "giraffe in the garden") - short).max() < 1e-5
+
+
 def test_same_text_same_vector_whatever_stands_beside_it(real: Connection) -> None:
     alone = embed(real, TEXTS[0])
     beside = numbers(scalar(real, "select (embed(%s::text[]))[4]::text", [TEXTS[4], TEXTS[1], TEXTS[2], TEXTS[0]]))

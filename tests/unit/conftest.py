@@ -27,6 +27,7 @@ MAKERS: tuple[Callable[[Path], Path], ...] = (
     made.tiny_roberta,
     made.tiny_xlmr,
     made.tiny_mpnet,
+    made.two_poolings,
 )
 
 

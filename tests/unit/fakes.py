@@ -54,7 +54,12 @@ class FakeEncoder:
         self.batches: list[list[str]] = []
         self.fault, self.bend, self.count_fault = fault, bend, count_fault
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
+    def tokenize(
+        self,
+        texts: Sequence[str],
+        prompt: str = "",
+        checkpoint: Callable[[], None] = lambda: None,  # noqa: ARG002
+    ) -> list[Tokenized]:
         whole = [prompt + text for text in texts]
         self.count_fault(whole)
         limit = self.model.max_tokens

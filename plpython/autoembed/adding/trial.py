@@ -87,10 +87,10 @@ def _sizes(layout: Layout, transformer: Any) -> tuple[int, int, int]:
 
 
 def _encode(transformer: Any, max_tokens: int) -> Any:
-    from autoembed.encoding.reference import count_tokens, encode_texts
+    from autoembed.encoding.reference import encode_texts, reader
 
     encode_texts(transformer, [LONG_TEXT * min(max_tokens + 8, 600)])
-    if count_tokens(transformer, ["a"])[0] < 1:
+    if reader(transformer, max_tokens).read(["a"])[0].tokens < 1:
         raise ValueError("its tokenizer finds no token in a text")
     return encode_texts(transformer, TEXTS)
 

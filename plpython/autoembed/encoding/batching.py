@@ -138,7 +138,7 @@ class _Batch:
             yield portion
 
     def _tokenize_part(self, indexes: Sequence[int]) -> dict[int, Tokenized]:
-        tokenized = self.encoder.tokenize([self.texts[index] for index in indexes], self.prompt)
+        tokenized = self.encoder.tokenize([self.texts[index] for index in indexes], self.prompt, self.checkpoint)
         return dict(zip(indexes, tokenized, strict=True))
 
     def _fitting(self, waiting: Sequence[int]) -> int:

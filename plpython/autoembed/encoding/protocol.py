@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from autoembed.encoding.interrupts import nothing
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 class Tokenized:
     """A text with its prompt, ready to be encoded; special tokens count. `content` is its encoder's own.
 
-    `tokens` is taken before truncation, `length` is what the model will see.
+    `tokens` is taken before truncation, and of a very long text it is how many there are at least; `length` is what the
+    model will see.
     """
 
     tokens: int
@@ -45,8 +48,10 @@ class Encoder(Protocol):
     interruptible: bool
     shared: bool
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        """What it raises is the texts' fault or a lack of memory."""
+    def tokenize(
+        self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
+    ) -> list[Tokenized]:
+        """What it raises is the texts' fault or a lack of memory. A long text takes many steps, with checkpoints."""
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
         """One micro-batch in one forward pass: (texts, dimensions). What it raises is as above."""

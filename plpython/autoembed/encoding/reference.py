@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from autoembed.encoding.interrupts import nothing
 from autoembed.encoding.protocol import Tokenized
+from autoembed.encoding.reading import Reader
 from autoembed.errors import BrokenModel, MissingPackage, OutOfMemory
 from autoembed.process import environment, memory
 
@@ -49,12 +51,10 @@ def encode_texts(transformer: Any, texts: Sequence[str], prompt: str = "") -> An
     )
 
 
-def count_tokens(transformer: Any, texts: Sequence[str]) -> list[int]:
-    """Before truncation. The tokenizer sets truncation and padding again whenever it encodes."""
-    backend = transformer.tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return [len(encoding) for encoding in backend.encode_batch_fast(list(texts))]
+def reader(transformer: Any, max_tokens: int) -> Reader:
+    """Of the very tokenizer that it encodes with."""
+    tokenizer = transformer.tokenizer
+    return Reader(tokenizer.backend_tokenizer, max_tokens, tokenizer.truncation_side)
 
 
 class StEncoder:
@@ -65,6 +65,7 @@ class StEncoder:
         self.interruptible = False
         self.shared = False
         self._transformer = transformer
+        self._reader = reader(transformer, model.max_tokens)
 
     @classmethod
     def load(cls, model: Model, settings: Settings, device: str) -> StEncoder:
@@ -76,12 +77,13 @@ class StEncoder:
         transformer.max_seq_length = model.max_tokens
         return cls(model, transformer, device)
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        whole = [prompt + text for text in texts]
-        limit = self.model.max_tokens
+    def tokenize(
+        self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
+    ) -> list[Tokenized]:
+        """It gets the texts themselves, cut to what the model reads: they are tokenized once more by the encoder."""
         return [
-            Tokenized(tokens, min(tokens, limit), (prompt, text))
-            for tokens, text in zip(count_tokens(self._transformer, whole), texts, strict=True)
+            Tokenized(reading.tokens, len(reading.ids), (prompt, reading.text))
+            for reading in self._reader.read(texts, prompt, checkpoint)
         ]
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:  # noqa: ARG002

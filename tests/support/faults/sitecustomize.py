@@ -38,9 +38,9 @@ class Steered:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._encoder, name)
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
+    def tokenize(self, texts: Sequence[str], *rest: Any) -> list[Any]:
         """The encoder's own, each with its text beside it."""
-        tokenized = self._encoder.tokenize(texts, prompt)
+        tokenized = self._encoder.tokenize(texts, *rest)
         return [replace(each, content=(text, each)) for text, each in zip(texts, tokenized, strict=True)]
 
     def encode(self, texts: Sequence[Any], checkpoint: Callable[[], None]) -> Any:
@@ -78,7 +78,7 @@ class Stub:
         self.interruptible = False
         self.shared = False
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Any]:
+    def tokenize(self, texts: Sequence[str], prompt: str = "", checkpoint: Any = None) -> list[Any]:  # noqa: ARG002
         from autoembed.encoding.protocol import Tokenized
 
         whole = [prompt + text for text in texts]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from autoembed.encoding.interrupts import Sparse, nothing
 from autoembed.encoding.packed import pooling
 from autoembed.encoding.packed.int8 import QuantizedNetwork, quantize
 from autoembed.encoding.packed.network import Network, Packed, Shape, UnsupportedNetwork
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 # Each pass reads all weights once: fewer tokens would read them more often, and more gain nothing but take memory.
 TOKEN_BUDGETS = {"float32": 1024, "bfloat16": 1024, "int8": 2048}
 MAX_TEXTS = 512
-CHECKPOINT_SECONDS = 0.2
 # Published weights are often those of a model with a head, below its name.
 PREFIX = re.compile(r"^(bert|roberta|mpnet)\.")
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnsupportedNetwork)
@@ -94,8 +93,10 @@ class PackedEncoder:
             raise AttributeError("the encoder is closed")
         return self._loaded
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        return self.loaded.tokenizer.tokenize(texts, prompt)
+    def tokenize(
+        self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
+    ) -> list[Tokenized]:
+        return self.loaded.tokenizer.tokenize(texts, prompt, checkpoint)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
         torch.set_num_threads(self.policy.threads(sum(text.length for text in texts)))
@@ -113,19 +114,6 @@ class PackedEncoder:
     def close(self) -> None:
         self._loaded = None
         memory.trim()
-
-
-class Sparse:
-    """Calls the checkpoint, which costs a query and a commit, only as often as a cancel must be seen."""
-
-    def __init__(self, checkpoint: Callable[[], None]) -> None:
-        self.checkpoint = checkpoint
-        self.called = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self.called >= CHECKPOINT_SECONDS:
-            self.checkpoint()
-            self.called = time.monotonic()
 
 
 def prepare(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 import models_for_tests as made
 from autoembed import settings
 from autoembed.adding.add import add_model
+from autoembed.encoding import interrupts
 from autoembed.encoding.batching import Vector, encode_all
 from autoembed.encoding.load import load_encoder
-from autoembed.encoding.packed import encoder as packed
 from autoembed.encoding.packed.encoder import Loaded, PackedEncoder
 from autoembed.encoding.packed.network import Shape, UnsupportedNetwork
 from autoembed.encoding.reference import StEncoder
@@ -385,7 +385,7 @@ class Cancelled(Exception):
 def test_a_micro_batch_can_be_interrupted_within(
     packed_one: Callable[[str], PackedEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(interrupts, "CHECKPOINT_SECONDS", 0)
     encoder = packed_one("all-MiniLM-L6-v2")
     texts = encoder.tokenize(["vacuum", "rows " * 40])
     calls = []
@@ -408,7 +408,7 @@ def test_a_micro_batch_can_be_interrupted_within(
 def test_a_cancel_within_is_no_texts_failure(
     packed_one: Callable[[str], PackedEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(interrupts, "CHECKPOINT_SECONDS", 0)
     calls = []
 
     def checkpoint() -> None:
@@ -424,7 +424,7 @@ def test_a_cancel_within_is_no_texts_failure(
 def test_checkpoints_are_not_called_more_often_than_a_cancel_needs(
     packed_one: Callable[[str], PackedEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed, "CHECKPOINT_SECONDS", 1000)
+    monkeypatch.setattr(interrupts, "CHECKPOINT_SECONDS", 1000)
     encoder = packed_one("all-MiniLM-L6-v2")
     encoder.encode(encoder.tokenize(["vacuum"]), lambda: pytest.fail("called"))
 

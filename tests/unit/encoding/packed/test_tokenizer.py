@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 
-from autoembed.encoding.packed import tokenizer
 from autoembed.encoding.packed.tokenizer import TextTokenizer
 from autoembed.models import layout as layouts
 from autoembed.settings import Settings
@@ -51,40 +50,6 @@ def test_ids_are_the_models_own_cut_to_the_limit(opened: Opened, oracle: Callabl
         assert found.truncated == (found.tokens > LIMIT)
 
     check()
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_counted_over_pieces(
-    shelf: Settings, oracle: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """Pieces end before white space, where words end as well."""
-    monkeypatch.setattr(tokenizer, "PIECE", 512)
-    monkeypatch.setattr(tokenizer, "PIECE_PER_TOKEN", 32)
-    text = "vacuum removes dead rows,\nand Straße and 漢字 " * 200
-    (found,) = open_one(shelf, name).tokenize([text])
-    expected = oracle(name)(text)["input_ids"]
-    assert found.tokens == len(expected)
-    assert found.content == oracle(name)(text, truncation=True, max_length=LIMIT)["input_ids"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_without_white_space_a_piece_is_some_tokens_off_at_most(
-    opened: Opened, oracle: Callable[[str], Any], name: str
-) -> None:
-    text = "vacuum.removes(dead,rows);" * 4000
-    (found,) = opened(name).tokenize([text])
-    pieces = len(text) // opened(name).piece + 1
-    assert pieces > 5
-    assert abs(found.tokens - len(oracle(name)(text)["input_ids"])) <= 12 * pieces
-    assert found.content == oracle(name)(text[:5000], truncation=True, max_length=LIMIT)["input_ids"]
-
-
-def test_pieces_lose_nothing(opened: Opened) -> None:
-    one = opened("tiny-mpnet")
-    for text in ("", "a", "word " * 20_000, "x" * 50_000, "x" * one.piece, "x" * (one.piece + 1), " " * 40_000):
-        pieces = list(one._pieces(text))
-        assert "".join(pieces) == text
-        assert pieces == [""] if not text else all(0 < len(piece) <= one.piece for piece in pieces)
 
 
 def test_prompts_are_counted(opened: Opened) -> None:
