@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -30,9 +31,8 @@ TEXTS = (
 def pytest_configure(config: pytest.Config) -> None:
     if os.geteuid() == 0:
         pytest.exit("PostgreSQL does not run as root: use 'make test', which drops to another user", returncode=4)
-    for name in [
-        name for name in os.environ if name.startswith(("EMBEDDING_", "PGHOST", "PGPORT", "PGUSER", "PGDATA"))
-    ]:
+    # what libpq and the product read: PGHOST and PGTZ, but not PG_CONFIG
+    for name in [name for name in os.environ if name.startswith("EMBEDDING_") or re.match("PG[A-Z]", name)]:
         del os.environ[name]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 
 import psycopg
@@ -87,9 +86,6 @@ def test_a_bare_server(db: Connection, connect: Connect, declared: Knowledge) ->
     assert ill(connection) == {"preload": "warn", "schedule": "warn"}
     loaded = "do $$ import sys; assert not {'torch', 'numpy', 'orjson'} & set(sys.modules) $$ language plpython3u"
     connection.execute(loaded.encode())
-    started = time.monotonic()
-    health(connection)
-    assert time.monotonic() - started < 0.25
 
 
 # --- extension and encoding ----------------------------------------------------------------------------------------
@@ -248,12 +244,13 @@ def test_row_that_waits_too_long(home: Connection) -> None:
 
 def test_old_rows_of_a_table_that_is_being_filled(home: Connection) -> None:
     home.execute("select embed_unschedule(); insert into docs select g, 'text ' || g from generate_series(1, 40) g")
-    time.sleep(0.6)
-    assert overdue(home, "0.5 seconds") == "warn"
+    wait_until(lambda: overdue(home, "0.1 seconds") == "warn")
     fill(home, max_rows=8)
-    assert overdue(home, "0.5 seconds") == "ok"
-    time.sleep(0.6)
-    status, message, _ = rows(home, "select status, message, hint from autoembed.pending_health('0.5 seconds')")[0]
+    assert overdue(home, "1 minute") == "ok"
+    home.execute("update autoembed.run set finished = finished + '1 minute'::interval")
+    assert overdue(home, "0.1 seconds") == "ok"
+    home.execute("update autoembed.run set finished = finished - '2 minutes'::interval")
+    status, message, _ = rows(home, "select status, message, hint from autoembed.pending_health('0.1 seconds')")[0]
     assert status == "warn"
     assert message.startswith("docs.embedding: rows wait since 20")
 
@@ -334,11 +331,10 @@ def test_another_owners_table_is_known_by_statistics(
 def test_locked_table_delays_nobody(db: Connection, connect: Connect, declared: Knowledge) -> None:
     declared(1)
     holder = connect()
+    db.execute("set statement_timeout = '30s'")
     with holder.transaction():
         holder.execute("lock table knowledge in access exclusive mode")
-        started = time.monotonic()
         found = health(db)
-        assert time.monotonic() - started < 1
     assert found["pending"][:2] == ("warn", "this check could not be made (SQLSTATE 55P03)")
     assert found["failures"][0] == "ok"
 

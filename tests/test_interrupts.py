@@ -1,4 +1,4 @@
-"""Cancels, timeouts, terminates and shutdowns: acted upon within a second, and nothing left behind."""
+"""Cancels, timeouts, terminates and shutdowns: acted upon between two micro-batches, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
@@ -64,10 +65,11 @@ def worker(connect: Connect, rig: Rig) -> Worker:
     return Worker(connect(), rig)
 
 
-def seconds_until(done: Callable[[], bool]) -> float:
-    started = time.monotonic()
+def batches_until(rig: Rig, done: Callable[[], bool]) -> int:
+    """How many micro-batches begin until then. Of a fill that was stopped one may be on its way, and one beside it."""
+    before = len(rig.encodings())
     wait_until(done, pause=0.005)
-    return time.monotonic() - started
+    return len(rig.encodings()) - before
 
 
 def assert_goes_on(db: Connection, worker: Worker, count: int) -> None:
@@ -84,11 +86,11 @@ def assert_goes_on(db: Connection, worker: Worker, count: int) -> None:
 # --- while encoding --------------------------------------------------------------------------------------------
 
 
-def test_cancel_acts_within_a_second(db: Connection, declared: Knowledge, worker: Worker) -> None:
+def test_cancel_acts_within_a_batch(db: Connection, declared: Knowledge, worker: Worker) -> None:
     declared(512)
     filling = worker.start(batch=512)
     db.execute("select pg_cancel_backend(%s)", [worker.pid])
-    assert seconds_until(lambda: filling.done) < 1
+    assert batches_until(worker.rig, lambda: filling.done) <= 2
     with pytest.raises(errors.QueryCanceled):
         filling.result  # noqa: B018
     assert_goes_on(db, worker, 512)
@@ -105,39 +107,34 @@ def test_batches_before_a_cancel_stay(db: Connection, declared: Knowledge, worke
     assert_goes_on(db, worker, left)
 
 
-@pytest.fixture
-def cancels(connect: Connect) -> Iterator[Callable[[int], threading.Event]]:
-    """cancels(pid): cancel that backend again and again, until the event is set."""
-    threads = []
+@contextmanager
+def cancels(connection: Connection, pid: int) -> Iterator[None]:
+    """While the block runs that backend is cancelled again and again."""
+    enough = threading.Event()
 
-    def start(pid: int) -> threading.Event:
-        connection, enough = connect(), threading.Event()
+    def run() -> None:
+        while not enough.wait(0.002):
+            connection.execute("select pg_cancel_backend(%s)", [pid])
 
-        def run() -> None:
-            while not enough.wait(0.002):
-                connection.execute("select pg_cancel_backend(%s)", [pid])
-
-        threads.append((threading.Thread(target=run), enough))
-        threads[-1][0].start()
-        return enough
-
-    yield start
-    for thread, enough in threads:
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
         enough.set()
         thread.join()
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.11])
 def test_many_cancels_leave_nothing_either(
-    db: Connection, declared: Knowledge, worker: Worker, cancels: Callable[[int], threading.Event], delay: float
+    db: Connection, connect: Connect, declared: Knowledge, worker: Worker, delay: float
 ) -> None:
     declared(512)
     filling = worker.start(pace=0.05, batch=128)
     time.sleep(delay)
-    enough = cancels(worker.pid)
-    assert seconds_until(lambda: filling.done) < 3
-    enough.set()
-    time.sleep(0.1)
+    with cancels(connect(), worker.pid):
+        wait_until(lambda: filling.done)
+    assert pending(db) > 0
     with pytest.raises(errors.QueryCanceled):
         filling.result  # noqa: B018
     found = leftovers(db)
@@ -145,26 +142,26 @@ def test_many_cancels_leave_nothing_either(
     worker.assert_as_before()
 
 
-def test_statement_timeout_acts_within_a_second(db: Connection, declared: Knowledge, worker: Worker) -> None:
+def test_statement_timeout_acts_within_a_batch(db: Connection, declared: Knowledge, worker: Worker) -> None:
     declared(512)
     worker.connection.execute("set statement_timeout = '700ms'")
     worker.rig.pace(0.2)
     filling = Filling(worker.connection, batch=512)
-    assert seconds_until(lambda: filling.done) < 1.7
+    assert batches_until(worker.rig, lambda: filling.done) <= 700 / 200 + 2
     with pytest.raises(errors.QueryCanceled, match="statement timeout"):
         filling.result  # noqa: B018
     worker.connection.execute("reset statement_timeout")
     assert_goes_on(db, worker, 512)
 
 
-def test_terminate_acts_within_a_second_and_blames_nobody(
+def test_terminate_acts_within_a_batch_and_blames_nobody(
     db: Connection, connect: Connect, declared: Knowledge, worker: Worker, rig: Rig
 ) -> None:
     declared(512)
     filling = worker.start(batch=512)
     db.execute("select pg_terminate_backend(%s)", [worker.pid])
     gone = "select count(*) = 0 from pg_stat_activity where pid = %s"
-    assert seconds_until(lambda: bool(scalar(db, gone, worker.pid))) < 1
+    assert batches_until(rig, lambda: bool(scalar(db, gone, worker.pid))) <= 2
     with pytest.raises(psycopg.OperationalError):
         filling.result  # noqa: B018
     rig.reset()
@@ -199,7 +196,6 @@ def test_cancel_while_claiming(
     filling = Filling(worker.connection)
     wait_until(lambda: scalar(db, "select wait_event_type = 'Lock' from pg_stat_activity where pid = %s", worker.pid))
     db.execute("select pg_cancel_backend(%s)", [worker.pid])
-    assert seconds_until(lambda: filling.done) < 1
     with pytest.raises(errors.QueryCanceled):
         filling.result  # noqa: B018
     holder.rollback()
@@ -224,7 +220,6 @@ def test_cancel_while_writing(db: Connection, declared: Knowledge, worker: Worke
     wait_for_the_write(db, worker.pid)
     for _ in range(times):
         db.execute("select pg_cancel_backend(%s)", [worker.pid])
-    assert seconds_until(lambda: filling.done) < 1
     with pytest.raises(errors.QueryCanceled):
         filling.result  # noqa: B018
     assert pending(db) == 20
@@ -302,9 +297,7 @@ def test_shutdown_while_encoding(own_rig: Callable[..., Rig], mode: str) -> None
     rig = own_rig()
     filling = filling_server(rig)
     stop = [str(pg_config("--bindir") / "pg_ctl"), "stop", "-m", mode, "-D", str(rig.server.directory / "data"), "-s"]
-    started = time.monotonic()
     subprocess.run(stop, check=True)
-    assert time.monotonic() - started < 5
     filling.wait()
     rig.reset()
     rig.server.start()
@@ -336,7 +329,7 @@ def test_cancel_of_the_real_encoder(
     filling = Filling(worker, batch=512)
     rig.wait_for_encoding(filling.pid, 3)
     db.execute("select pg_cancel_backend(%s)", [filling.pid])
-    assert seconds_until(lambda: filling.done) < 1
+    assert batches_until(rig, lambda: filling.done) <= 2
     with pytest.raises(errors.QueryCanceled):
         filling.result  # noqa: B018
     assert leftovers(db) == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -160,6 +161,21 @@ def scalar(connection: Connection, query: str, *parameters: object) -> Any:
 
 def rows(connection: Connection, query: str, *parameters: object) -> list[Row]:
     return connection.execute(query, parameters).fetchall()
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a backend has computed so far, however busy the machine is otherwise."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+def holds_nothing(connection: Connection, pid: int) -> bool:
+    """Of many looks at a backend that sleeps and now and then looks around hardly any meets it in a transaction."""
+    asleep = "select backend_xmin is null and backend_xid is null from pg_stat_activity where pid = %s"
+    looks = []
+    for _ in range(30):
+        time.sleep(0.01)
+        looks.append(scalar(connection, asleep, pid))
+    return looks.count(True) >= 24
 
 
 def pending(connection: Connection, relation: str = "knowledge") -> int:

@@ -12,7 +12,8 @@ from autoembed.settings import Settings
 
 
 @pytest.fixture
-def environ(shelf: Settings, fake_postgres: Path) -> dict[str, str]:
+def environ(shelf: Settings, fake_postgres: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    monkeypatch.setattr(doctor, "_servers", list)  # those of this machine may be many
     return {"EMBEDDING_MODEL_DIR": str(shelf.model_dir), "EMBEDDING_DEVICE": "cpu", "PG_CONFIG": str(fake_postgres)}
 
 
