@@ -13,5 +13,6 @@ check() { "$@" || STATUS=1; }
 check ruff check --extend-exclude .pg,build .
 check ruff format --check --extend-exclude .pg,build .
 check mypy --strict plpython tests demo bench
+check env PYTHONPATH=plpython lint-imports --no-cache
 if command -v shellcheck >/dev/null; then check shellcheck -x -P scripts scripts/*.sh container/*.sh tests/image/*.sh tests/image/*/*.sh .ci/run; else say "no shellcheck: shell is not checked"; fi
 exit "$STATUS"
