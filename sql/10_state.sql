@@ -34,6 +34,7 @@ create table autoembed.run (
 create index on autoembed.run (registration, finished);
 
 -- A text that could not be embedded. next_try null: not tried again until embed_retry, or until the text changes.
+-- One that crashed the server is never tried in a batch with others: it is made a suspect first.
 create table autoembed.failure (
     registration bigint not null references autoembed.registration on delete cascade,
     key jsonb not null,
@@ -50,6 +51,7 @@ create table autoembed.failure (
 create index on autoembed.failure (registration, checked);
 -- Under row-level security an index serves leakproof comparisons alone: bigint's is one, jsonb's is none.
 create index on autoembed.failure (registration, key_hash);
+create index on autoembed.failure (registration, next_try) where kind = 'crashed';
 
 create table autoembed.truncation (
     registration bigint not null references autoembed.registration on delete cascade,
@@ -83,6 +85,7 @@ create table autoembed.inflight (
     keys jsonb[] not null,
     hashes bytea[] not null,
     started timestamptz not null default clock_timestamp(),
+    server_start timestamptz not null default pg_postmaster_start_time(),
     primary key (registration, id)  -- not id alone: an owner's made-up ids are in nobody else's way
 );
 create unlogged table autoembed.inflight_twin (
@@ -92,10 +95,13 @@ create unlogged table autoembed.inflight_twin (
     foreign key (registration, id) references autoembed.inflight on delete cascade
 );
 
--- Texts that were in flight when the server crashed: encoded one by one, alone, before anything else.
+-- Texts that were in flight when the server crashed: encoded one by one, alone, before anything else. Counted is what
+-- happened while each of them alone was encoded: a backend crashed, or the whole server went (a power cut, say).
 create table autoembed.suspect (
     registration bigint not null references autoembed.registration on delete cascade,
     key jsonb not null,
     hash bytea not null,
+    crashes integer not null default 0,
+    restarts integer not null default 0,
     primary key (registration, key)
 );

@@ -68,7 +68,7 @@ begin atomic
           cross join lateral (
               select x.key, x.hash from autoembed.failure x
               where x.registration = held_keys.registration and x.key_hash = u.hash and x.key = u.key
-                and (x.next_try is null or x.next_try > clock_timestamp())
+                and (x.next_try is null or x.next_try > clock_timestamp() or x.kind = 'crashed')
               offset 0) f
           union all
           select f.key, f.hash from autoembed.suspect f where f.registration = held_keys.registration and f.key = any (keys)) f;

@@ -51,12 +51,14 @@ begin atomic
                    where i.indisunique and c.relname = name::name);
 end;
 
--- When a failed text is tried next: 30 s, 1, 2, 4 minutes; after the fifth try it stays failed.
+-- When a failed text is tried next: after 30 s, 1, 2, 4 minutes, or a day where it crashed the server; after the fifth
+-- try it stays failed.
 create function autoembed.next_try(kind text, attempts integer) returns timestamptz
 language sql volatile
 begin atomic
-    select case when kind <> 'crashed' and attempts < 5
-        then clock_timestamp() + '30 seconds'::interval * 2 ^ (attempts - 1) end;
+    select case when attempts < 5 then clock_timestamp() + case kind
+        when 'crashed' then '1 day'::interval
+        else '30 seconds'::interval * 2 ^ (attempts - 1) end end;
 end;
 
 create function autoembed.fail(registration bigint, key jsonb, hash bytea, kind text, message text) returns void

@@ -1,27 +1,67 @@
 -- What was in flight when the server crashed: the suspects, which are encoded one by one.
 
 -- Rows in flight whose worker is gone (their lock is free): with the twin there, the worker merely went; without it,
--- the server crashed with them in flight, and they become suspects. A suspect that crashed the server alone is blamed.
+-- the server crashed with them in flight, and they become suspects.
 create function autoembed.recover(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     f autoembed.inflight;
     crashed boolean;
 begin
+    perform autoembed.suspect_again(registration);
     for f in select * from autoembed.inflight i where i.registration = recover.registration
              and pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)) loop
         crashed := not exists (select from autoembed.inflight_twin w where w.registration = f.registration and w.id = f.id) and f.cluster = autoembed.cluster();
         delete from autoembed.inflight i where i.registration = f.registration and i.id = f.id;
         continue when not (found and crashed);
         if f.alone then
-            perform autoembed.fail(f.registration, f.keys[1], f.hashes[1], 'crashed', 'the server crashed while this text alone was encoded');
-            delete from autoembed.suspect s where s.registration = f.registration and s.key = f.keys[1];
+            perform autoembed.accuse(f);
         else
-            insert into autoembed.suspect (registration, key, hash)
+            insert into autoembed.suspect as s (registration, key, hash)
             select f.registration, u.key, u.hash from unnest(f.keys, f.hashes) as u (key, hash)
-            on conflict on constraint suspect_pkey do update set hash = excluded.hash;
+            on conflict on constraint suspect_pkey do update set hash = excluded.hash, crashes = 0, restarts = 0
+            where s.hash <> excluded.hash;
         end if;
     end loop;
+end
+$$;
+
+-- What was encoded alone as the server crashed. Any other backend may have crashed it, by chance: so it is proof only
+-- the third time. Where the server's start is another one than the flight's, not a backend crashed but all of it went,
+-- in a power cut or an immediate shutdown; that counts half, for a text may also eat up a whole machine's memory.
+create function autoembed.accuse(f autoembed.inflight) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    restarted integer := (f.server_start <> pg_postmaster_start_time())::integer;
+    proven boolean;
+begin
+    insert into autoembed.suspect as s (registration, key, hash, crashes, restarts)
+    values (f.registration, f.keys[1], f.hashes[1], 1 - restarted, restarted)
+    on conflict on constraint suspect_pkey do update set hash = excluded.hash,
+        crashes = case when s.hash = excluded.hash then s.crashes else 0 end + excluded.crashes,
+        restarts = case when s.hash = excluded.hash then s.restarts else 0 end + excluded.restarts
+    returning 2 * s.crashes + s.restarts >= 6 into proven;
+    if proven then
+        delete from autoembed.suspect s where s.registration = f.registration and s.key = f.keys[1];
+        perform autoembed.fail(f.registration, f.keys[1], f.hashes[1], 'crashed',
+                               'the server crashed each time that this text alone was encoded');
+    end if;
+end
+$$;
+
+-- A text that crashed the server and is to be tried again: alone, and one more crash is proof enough.
+create function autoembed.suspect_again(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if not exists (select from autoembed.failure f
+                   where f.registration = suspect_again.registration and f.kind = 'crashed' and f.next_try <= clock_timestamp())
+       or not autoembed.owns((select r.relation from autoembed.registration r where r.id = suspect_again.registration)) then
+        return;
+    end if;
+    insert into autoembed.suspect (registration, key, hash, crashes)
+    select f.registration, f.key, f.hash, 2 from autoembed.failure f
+    where f.registration = suspect_again.registration and f.kind = 'crashed' and f.next_try <= clock_timestamp()
+    on conflict do nothing;
 end
 $$;
 

@@ -34,8 +34,8 @@ begin
         where r.id = f.registration and autoembed.owns(r.relation) and (embed_retry.relation is null or r.relation = embed_retry.relation)
         returning f.registration, f.key, f.hash, f.kind
     ), alone as (  -- what crashed the server is tried again alone
-        insert into autoembed.suspect (registration, key, hash)
-        select a.registration, a.key, a.hash from again a where a.kind = 'crashed'
+        insert into autoembed.suspect (registration, key, hash, crashes)
+        select a.registration, a.key, a.hash, 2 from again a where a.kind = 'crashed'
         on conflict do nothing
     )
     select count(*) into tried from again;

@@ -63,14 +63,15 @@ def poisoned(count: int, *bad: int) -> list[str]:
 
 
 def failures(connection: Connection) -> list[Row]:
-    return rows(connection, "select (key ->> 'id')::int, kind, attempts, next_try from embedding_failures order by 1")
+    days = "round(extract(epoch from next_try - last_try) / 86400)::int"
+    return rows(connection, f"select (key ->> 'id')::int, kind, attempts, {days} from embedding_failures order by 1")
 
 
 # --- a text that kills the process -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("bad", "most"), [((40,), 2), ((1, 2), 3), ((7, 90), 4)], ids=["one", "two-in-a-batch", "two-in-two-batches"]
+    ("bad", "most"), [((40,), 4), ((1, 2), 7), ((7, 90), 8)], ids=["one", "two-in-a-batch", "two-in-two-batches"]
 )
 def test_deadly_text_is_found_and_all_others_are_embedded(
     database: Database, declared: Knowledge, rig: Rig, bad: tuple[int, ...], most: int
@@ -79,7 +80,7 @@ def test_deadly_text_is_found_and_all_others_are_embedded(
     rig.kill_at("poison")
     assert fill_through_crashes(database, most) == most
     with database.server.connect(database.name) as db:
-        assert failures(db) == [(n, "crashed", 1, None) for n in bad]
+        assert failures(db) == [(n, "crashed", 1, 1) for n in bad]
         assert rows(db, "select id from knowledge where embedding is null order by id") == [(n,) for n in bad]
         assert fill(db) == (0, 0, 0)
         assert set(leftovers(db)) == {"failures"}
@@ -88,9 +89,9 @@ def test_deadly_text_is_found_and_all_others_are_embedded(
 def test_asynchronous_commits_change_nothing(database: Database, declared: Knowledge, rig: Rig) -> None:
     declared(texts=poisoned(100, 40))
     rig.kill_at("poison")
-    assert fill_through_crashes(database, 2, "set synchronous_commit = off") == 2
+    assert fill_through_crashes(database, 4, "set synchronous_commit = off") == 4
     with database.server.connect(database.name) as db:
-        assert failures(db) == [(40, "crashed", 1, None)]
+        assert failures(db) == [(40, "crashed", 1, 1)]
         assert scalar(db, "show synchronous_commit") == "on"
 
 
@@ -98,14 +99,14 @@ def test_two_workers_blame_only_the_deadly_text(database: Database, declared: Kn
     declared(texts=poisoned(200, 40))
     rig.kill_at("poison")
     rig.pace(0.01)
-    threads = [threading.Thread(target=fill_through_crashes, args=(database, 4)) for _ in range(2)]
+    threads = [threading.Thread(target=fill_through_crashes, args=(database, 8)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     with database.server.connect(database.name) as db:
         fill(db)
-        assert failures(db) == [(40, "crashed", 1, None)]
+        assert failures(db) == [(40, "crashed", 1, 1)]
         assert pending(db) == 1
         assert set(leftovers(db)) == {"failures"}
 
@@ -113,7 +114,7 @@ def test_two_workers_blame_only_the_deadly_text(database: Database, declared: Kn
 def test_retry_tries_a_deadly_text_alone(database: Database, declared: Knowledge, rig: Rig) -> None:
     declared(texts=poisoned(40, 20))
     rig.kill_at("poison")
-    fill_through_crashes(database, 2)
+    fill_through_crashes(database, 4)
     with database.server.connect(database.name) as db:
         assert scalar(db, "select embed_retry()") == 1
         db.execute("insert into knowledge (content) select 'later ' || g from generate_series(1, 40) g")
@@ -127,10 +128,27 @@ def test_retry_tries_a_deadly_text_alone(database: Database, declared: Knowledge
         assert leftovers(db) == {}
 
 
+def test_deadly_text_is_tried_again_after_a_day_alone(database: Database, declared: Knowledge, rig: Rig) -> None:
+    declared(texts=poisoned(20, 5))
+    rig.kill_at("poison")
+    fill_through_crashes(database, 4)
+    with database.server.connect(database.name) as db:
+        db.execute("insert into knowledge (content) values ('later')")
+        db.execute("update autoembed.failure set next_try = now() - interval '1 s'")
+    assert fill_through_crashes(database, 1) == 1
+    with database.server.connect(database.name) as db:
+        assert failures(db) == [(5, "crashed", 2, 1)]
+        assert pending(db) == 1
+        db.execute("update autoembed.failure set next_try = now() - interval '1 s'")
+        rig.reset()
+        assert fill(db) == (1, 0, 0)
+        assert leftovers(db) == {}
+
+
 def test_changed_text_is_tried_again(database: Database, declared: Knowledge, rig: Rig) -> None:
     declared(texts=poisoned(20, 5))
     rig.kill_at("poison")
-    fill_through_crashes(database, 2)
+    fill_through_crashes(database, 4)
     with database.server.connect(database.name) as db:
         db.execute("update knowledge set content = 'harmless' where id = 5")
         assert fill(db) == (1, 0, 0)
@@ -214,6 +232,46 @@ def test_crash_after_a_terminate_blames_nobody_for_long(
     with database.server.connect(database.name) as again:
         assert fill(again) == (20, 0, 0)
         assert leftovers(again) == {}
+
+
+def test_bystanders_crashes_while_a_suspect_flies_alone_blame_nobody(
+    database: Database, declared: Knowledge, rig: Rig
+) -> None:
+    declared(20)
+    for suspects in (0, 1, 1):
+        before = crashes(database.server)
+        rig.reset()
+        with database.server.connect(database.name) as worker, database.server.connect(database.name) as bystander:
+            rig.hold(worker.info.backend_pid)
+            filling = Filling(worker)
+            rig.wait_for_encoding(filling.pid)
+            assert scalar(bystander, "select count(*) from autoembed.inflight where alone") == suspects
+            os.kill(bystander.info.backend_pid, signal.SIGKILL)
+            wait_for_crash(database.server, before)
+            filling.wait()
+    rig.reset()
+    with database.server.connect(database.name) as db:
+        db.execute("select autoembed.recover(r.id) from autoembed.registration r")
+        assert scalar(db, "select max(crashes) from autoembed.suspect") == 2
+        assert failures(db) == []
+        assert fill(db) == (20, 0, 0)
+        assert leftovers(db) == {}
+
+
+def test_restarts_of_the_server_are_proof_only_when_they_go_on(db: Connection, declared: Knowledge, rig: Rig) -> None:
+    """As an immediate shutdown leaves it: the flight is of another start of the server, and its twin is gone."""
+    declared(16)
+    for restart in range(1, 7):
+        db.execute(
+            "insert into autoembed.inflight (registration, cluster, alone, keys, hashes, server_start)"
+            " select r.id, autoembed.cluster(), true, array['[1]']::jsonb[], array[autoembed.hash(k.content)],"
+            " pg_postmaster_start_time() - interval '1 hour'"
+            " from autoembed.registration r, knowledge k where k.id = 1"
+        )
+        db.execute("select autoembed.recover(r.id) from autoembed.registration r")
+        assert len(failures(db)) == (1 if restart == 6 else 0)
+    assert failures(db) == [(1, "crashed", 1, 1)]
+    assert fill(db) == (15, 0, 0)
 
 
 def test_crash_with_nothing_in_flight_leaves_no_suspects(
