@@ -1,6 +1,7 @@
 -- The partial index that holds the pending rows in key order.
 
-create function autoembed.free_index_name(relation oid, target name, purpose text) returns name
+-- A name that no relation has, and none of those that are about to be made either.
+create function autoembed.free_index_name(relation oid, target name, purpose text, taken text[] default '{}') returns name
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     home name;
@@ -11,7 +12,7 @@ begin
     select s.nspname, autoembed.cut(c.relname, 29) || '_' || autoembed.cut(target, 20) || '_' || purpose into home, stem
     from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = relation;
     candidate := stem;
-    while to_regclass(format('%I.%I', home, candidate)) is not null loop
+    while to_regclass(format('%I.%I', home, candidate)) is not null or format('%I.%I', home, candidate) = any (taken) loop
         n := n + 1;
         candidate := stem || n;
     end loop;

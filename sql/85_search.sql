@@ -1,14 +1,109 @@
 -- The index, and the search that uses it.
 
+-- The column's index for the cosine distance, whether it is usable yet or not.
+create function autoembed.cosine_index(relation oid, target name, out index oid, out valid boolean)
+returns setof record
+language sql stable
+begin atomic
+    select i.indexrelid, i.indisvalid
+    from pg_catalog.pg_index i
+    join pg_catalog.pg_class c on c.oid = i.indexrelid
+    join pg_catalog.pg_am a on a.oid = c.relam and a.amname = 'hnsw'
+    join pg_catalog.pg_opclass o on o.oid = i.indclass[0] and o.opcname = 'vector_cosine_ops'
+    join pg_catalog.pg_attribute t on t.attrelid = i.indrelid and t.attnum = i.indkey[0] and t.attname = target
+    where i.indrelid = relation and i.indpred is null
+    order by i.indisvalid desc, i.indexrelid
+    limit 1;
+end;
+
+-- Of a partitioned table, its partitions and theirs: the index that is there, or the name of one to be made.
+create function autoembed.index_tree(
+    relation regclass, target name, out level integer, out partition regclass, out parent regclass, out is_leaf boolean,
+    out index oid, out valid boolean, out name name, out label text)
+returns setof record
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    taken text[] := '{}';
+    place name;
+begin
+    for level, partition, parent, is_leaf, index, valid, name, place in
+        select t.level, t.relid, t.parentrelid, t.isleaf, x.index, coalesce(x.valid, false), i.relname, n.nspname
+        from pg_partition_tree(relation) t
+        join pg_class c on c.oid = t.relid
+        join pg_namespace n on n.oid = c.relnamespace
+        left join lateral autoembed.cosine_index(t.relid, target) x on true
+        left join pg_class i on i.oid = x.index
+        order by t.level, t.relid
+    loop
+        name := coalesce(name, autoembed.free_index_name(partition, target, 'hnsw', taken));
+        label := format('%I.%I', place, name);
+        taken := taken || label;
+        return next;
+    end loop;
+end
+$$;
+
+-- A build that was broken off leaves an index that is never used, and is in each write's way: it is built anew.
+create function autoembed.index_statement(relation regclass, index regclass, name name, manner text, definition text)
+returns text
+language sql stable
+begin atomic
+    select case when index is null then format('create index %s%I on %s %s', manner, name, relation, definition)
+                else format('reindex index %s%s', manner, index) end;
+end;
+
+-- PostgreSQL builds no index of a partitioned table concurrently. So the parents' indexes are made empty, then those of
+-- the partitions, and each is attached to its parent's, the lowest first. What is there already is taken as it is: the
+-- statements can be asked for again where some of them were not run, or one failed.
+create function autoembed.partition_index_statements(relation regclass, target name, manner text, definition text)
+returns setof text
+language sql stable
+begin atomic
+    with tree as materialized (
+        select * from autoembed.index_tree(relation, target)
+    ), steps (step, level, label, statement) as (
+        select 1, t.level, t.label, format('create index %I on only %s %s', t.name, t.partition, definition)
+        from tree t where not t.is_leaf and t.index is null
+        union all
+        select 2, t.level, t.label, autoembed.index_statement(t.partition, t.index, t.name, manner, definition)
+        from tree t where t.is_leaf and not t.valid
+        union all
+        select 3, -t.level, t.label, format('alter index %s attach partition %s', p.label, t.label)
+        from tree t join tree p on p.partition = t.parent
+        where not exists (select from pg_catalog.pg_inherits i where i.inhrelid = t.index and i.inhparent = p.index)
+    )
+    select s.statement from steps s order by s.step, s.level, s.label;
+end;
+
+-- none where a usable index is there
+create function autoembed.index_statements(relation regclass, target name, manner text, definition text)
+returns setof text
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    partitioned boolean := (select c.relkind = 'p' from pg_class c where c.oid = relation);
+    existing record;
+begin
+    select * into existing from autoembed.cosine_index(relation, target);
+    if existing.valid then
+        return;
+    elsif partitioned and (manner <> '' or existing.index is not null) then
+        return query select * from autoembed.partition_index_statements(relation, target, manner, definition);
+    else
+        return next autoembed.index_statement(
+            relation, existing.index, autoembed.free_index_name(relation, target, 'hnsw'), manner, definition);
+    end if;
+end
+$$;
+
 create function embed_index(
     relation regclass, target name default 'embedding', m integer default 16, ef_construction integer default 64,
     concurrent boolean default false)
-returns text
+returns setof text
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.column_sql := autoembed.column_sql_of(autoembed.find(relation, target));
-    place text := (select e.extnamespace::regnamespace from pg_extension e where e.extname = 'vector');
-    existing regclass;
+    manner text := case when concurrent then 'concurrently ' else '' end;
+    definition text;
     statement text;
 begin
     if (m between 2 and 100 and ef_construction between greatest(4, 2 * m) and 1000) is not true then
@@ -17,29 +112,24 @@ begin
             hint = 'm is 2 to 100; ef_construction is at least 2 * m and at most 1000.';
     end if;
     perform autoembed.check_key(relation);
-    select i.indexrelid::regclass into existing
-    from pg_index i
-    join pg_class c on c.oid = i.indexrelid
-    join pg_am a on a.oid = c.relam and a.amname = 'hnsw'
-    join pg_opclass o on o.oid = i.indclass[0] and o.opcname = 'vector_cosine_ops'
-    join pg_attribute t on t.attrelid = i.indrelid and t.attnum = i.indkey[0] and t.attname = target
-    where i.indrelid = relation and i.indisvalid and i.indpred is null;
-    if existing is not null then
-        raise notice using message = format('%s is there already, nothing changed', existing);
-        return null;
+    definition := format(
+        'using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)', s.target,
+        (select e.extnamespace::regnamespace from pg_extension e where e.extname = 'vector'), m, ef_construction);
+    for statement in select * from autoembed.index_statements(relation, target, manner, definition) loop
+        if manner = '' then
+            execute statement;
+        end if;
+        return next statement;
+    end loop;
+    if statement is null then
+        raise notice using message = format('%s is there already, nothing changed',
+                                            (select x.index::regclass from autoembed.cosine_index(relation, target) x));
     end if;
-    statement := format('create index %s%I on %s using hnsw (%s %s.vector_cosine_ops) with (m = %s, ef_construction = %s)',
-                        case when concurrent then 'concurrently ' end,
-                        autoembed.free_index_name(relation, target, 'hnsw'), s.name, s.target, place, m, ef_construction);
-    if not concurrent then
-        execute statement;
-    end if;
-    return statement;
 end
 $$;
 
 comment on function embed_index(regclass, name, integer, integer, boolean) is
-    'make the hnsw index (cosine); with concurrent => true only return the statement, to be run outside a transaction';
+    'make the hnsw index (cosine); with concurrent => true only return the statements, to be run outside a transaction';
 
 -- How a column, or an array column's elements, are compared with a value of the filter: both brought to the type that
 -- the column's own btree order works on, by that order's equality: found by name, the operator could be anybody's.

@@ -14,6 +14,7 @@ from psycopg import errors, sql
 from conftest import Database
 from support.rigging import Rig, Row, add_stub, fill, rows, scalar
 from support.server import Connection, Server
+from support.talk import column
 
 pytest_plugins = ["support.rig"]
 
@@ -438,7 +439,7 @@ def test_index_as_documented(db: Connection, filled: None) -> None:
     (definition,) = (row[0] for row in rows(db, INDEX))
     assert "USING hnsw (embedding vector_cosine_ops) WITH (m='16', ef_construction='64')" in definition
     assert statement.startswith("create index knowledge_embedding_hnsw on public.knowledge")
-    assert scalar(db, "select embed_index('knowledge')") is None
+    assert rows(db, "select embed_index('knowledge')") == []
     assert len(rows(db, INDEX)) == 1
 
 
@@ -452,6 +453,61 @@ def test_index_concurrently(db: Connection, filled: None) -> None:
     assert rows(db, INDEX) == []
     db.execute(statement)
     assert len(rows(db, INDEX)) == 1
+
+
+PARTS = """
+    create schema "An other";
+    create table readings_of_all_the_sensors (id int primary key, content text, embedding vector(384))
+        partition by range (id);
+    create table readings_of_all_the_sensors_in_2024 partition of readings_of_all_the_sensors
+        for values from (0) to (10);
+    create table readings_of_all_the_sensors_in_2025 partition of readings_of_all_the_sensors
+        for values from (10) to (20);
+    create table "An other"."rest" partition of readings_of_all_the_sensors default partition by hash (id);
+    create table "An other"."rest 0" partition of "An other"."rest" for values with (modulus 2, remainder 0);
+    create table "An other"."rest 1" partition of "An other"."rest" for values with (modulus 2, remainder 1);
+    insert into readings_of_all_the_sensors select g, 'text ' || g from generate_series(1, 40) g;
+    select embed_column('readings_of_all_the_sensors', 'content');
+"""
+VALID = "select bool_and(indisvalid), count(*) from pg_index i join pg_opclass o on o.oid = i.indclass[0]"
+VALID += " where opcname = 'vector_cosine_ops'"
+CONCURRENTLY = "select embed_index('readings_of_all_the_sensors', concurrent => true)"
+
+
+@pytest.mark.parametrize("ran", [0, 1, 4, 7, 10])
+def test_index_of_a_partitioned_table_concurrently(db: Connection, ran: int) -> None:
+    """The statements run as they are; after some of them, those that are left are returned."""
+    db.execute(PARTS)
+    fill(db)
+    statements = column(db, CONCURRENTLY)
+    assert len(statements) == 11
+    for statement in statements[:ran]:
+        db.execute(statement)
+    left = column(db, CONCURRENTLY)
+    assert left == statements[ran:]
+    for statement in left:
+        db.execute(statement)
+    assert column(db, CONCURRENTLY) == []
+    assert rows(db, VALID) == [(True, 6)]
+
+
+def test_index_of_a_partitioned_table_is_finished_at_once(db: Connection) -> None:
+    db.execute(PARTS)
+    for statement in column(db, CONCURRENTLY)[:4]:
+        db.execute(statement)
+    db.execute("select embed_index('readings_of_all_the_sensors')")
+    assert rows(db, VALID) == [(True, 6)]
+
+
+@pytest.mark.parametrize("concurrent", [True, False])
+def test_index_that_was_broken_off_is_built_anew(db: Connection, filled: None, concurrent: bool) -> None:
+    db.execute(column(db, "select embed_index('knowledge', concurrent => true)")[0])
+    db.execute("update pg_index set indisvalid = false where indexrelid = 'knowledge_embedding_hnsw'::regclass")
+    statements = column(db, f"select embed_index('knowledge', concurrent => {concurrent})")
+    assert statements == [f"reindex index {'concurrently ' if concurrent else ''}public.knowledge_embedding_hnsw"]
+    if concurrent:
+        db.execute(statements[0])
+    assert rows(db, VALID) == [(True, 1)]
 
 
 @pytest.mark.parametrize(("m", "ef"), [(1, 64), (101, 500), (16, 31), (16, 1001), (None, 64)])
