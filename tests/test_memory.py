@@ -40,7 +40,7 @@ def hungry(rig: Rig, model_dir: Path, tmp_path: Path) -> str:
             dimensions=64,
             max_tokens=4096,
             position_limit=4096,
-            files=manifests.describe(folder, list(manifests.paths(folder))),
+            files=manifests.hash_files(folder, list(manifests.paths(folder))),
         )
         manifests.write(folder, manifest)
         folder.rename(rig.models / name)

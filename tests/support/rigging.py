@@ -46,7 +46,7 @@ def add_stub(directory: Path, name: str, *, dimensions: int = 384, weights: str 
         assumed=[],
         tools={},
         added="",
-        files=manifests.describe(folder, ["model.safetensors"]),
+        files=manifests.hash_files(folder, ["model.safetensors"]),
     )
     manifests.write(folder, manifest)
     return folder

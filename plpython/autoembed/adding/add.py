@@ -120,7 +120,7 @@ def _manifest(layout: Layout, facts: Facts, notes: Notes, options: Options, orig
         assumed=notes.assumed,
         tools={tool: _version(tool) for tool in TOOLS},
         added=datetime.now(UTC).isoformat(timespec="seconds"),
-        files=manifests.describe(layout.folder, manifests.paths(layout.folder)),
+        files=manifests.hash_files(layout.folder, manifests.paths(layout.folder)),
         encoder=facts.encoder,
         encoder_note=facts.encoder_note,
     )

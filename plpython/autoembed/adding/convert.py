@@ -111,7 +111,7 @@ def _convert_tokenizer(layout: Layout, folder: Path, notes: Notes) -> None:
 
 
 def _fast_tokenizer(folder: Path, name: str) -> Any:
-    environment.prepare()
+    environment.set_up_libraries()
     from transformers import AutoTokenizer
 
     try:

@@ -12,7 +12,7 @@ from autoembed.encoding.vectors import NORM_TOLERANCE
 from autoembed.errors import BrokenModel
 from autoembed.models import layout as layouts
 from autoembed.models.layout import Layout
-from autoembed.models.model import PACKED
+from autoembed.models.model import PACKED_ENCODER
 
 TEXTS = (
     "a",
@@ -58,14 +58,14 @@ def try_out(layout: Layout, folder: Path) -> Facts:
         raise BrokenModel(name=layout.name, reason=problem, hint=hint)
     _keep_tokenizer(layout, transformer)
     note = _packed_differs(layout, max_tokens, vectors)
-    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else PACKED, note, vectors)
+    return Facts(dimensions, max_tokens, positions, "sentence-transformers" if note else PACKED_ENCODER, note, vectors)
 
 
 def _check_weights(layout: Layout, folder: Path) -> None:
     """transformers fills missing weights with random numbers and only logs it."""
     from autoembed.process import environment
 
-    environment.prepare()
+    environment.set_up_libraries()
     from transformers import AutoModel
 
     logging.getLogger("transformers").setLevel(logging.CRITICAL)
@@ -129,12 +129,12 @@ def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
     """Why the packed encoder does not serve this model; empty where its vectors are sentence-transformers' own."""
     import numpy as np
 
-    from autoembed.encoding.packed.encoder import Loaded
+    from autoembed.encoding.packed.encoder import Pipeline
     from autoembed.encoding.packed.network import UnsupportedNetwork
 
     try:
-        loaded = Loaded(layout, max_tokens, "float32")
-        found = loaded.encode(loaded.tokenizer.tokenize(TEXTS), lambda: None)
+        pipeline = Pipeline(layout, max_tokens, "float32")
+        found = pipeline.encode(pipeline.tokenizer.tokenize(TEXTS), lambda: None)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, IndexError, UnsupportedNetwork) as error:
         return (
             str(error) if isinstance(error, UnsupportedNetwork) else f"the packed encoder raised {type(error).__name__}"
@@ -151,13 +151,13 @@ def change_precision(layout: Layout, facts: Facts, precision: str) -> None:
     from autoembed.encoding.packed.network import UnsupportedNetwork
     from autoembed.encoding.packed.tokenizer import TextTokenizer
 
-    if facts.encoder != PACKED:
+    if facts.encoder != PACKED_ENCODER:
         reason = f"it has {precision} only in the packed encoder, which does not serve it, since {facts.encoder_note}"
         raise BrokenModel(name=layout.name, reason=reason, hint="Add it without --precision.")
     texts = TextTokenizer(layouts.tokenizer_file(layout), facts.max_tokens).tokenize(TEXTS)
     try:
-        packed.prepare(layout, precision, texts)
-        found = packed.Loaded(layout, facts.max_tokens, precision).encode(texts, lambda: None)
+        packed.convert_weights(layout, precision, texts)
+        found = packed.Pipeline(layout, facts.max_tokens, precision).encode(texts, lambda: None)
     except UnsupportedNetwork as error:
         raise BrokenModel(name=layout.name, reason=str(error), hint="Add it without --precision.") from None
     cosines = (found * facts.vectors).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(facts.vectors, axis=1)

@@ -30,57 +30,57 @@ EXTENSIONS = (
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     section: str
     status: str
     text: str
     advice: str = ""
 
 
-def examine(environ: Mapping[str, str] = os.environ) -> list[Check]:
+def examine(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     return [*_versions(), *_computing(environ), *_settings(environ), *_models(environ), *_postgres(environ)]
 
 
-def is_ill(checks: Iterable[Check]) -> bool:
-    return any(check.status == WRONG for check in checks)
+def is_ill(findings: Iterable[Finding]) -> bool:
+    return any(finding.status == WRONG for finding in findings)
 
 
-def render(checks: Iterable[Check]) -> str:
+def render(findings: Iterable[Finding]) -> str:
     lines: list[str] = []
     section = ""
-    for check in checks:
-        if check.section != section:
-            section = check.section
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
             lines.append(section)
-        lines.append(f"  {check.status:<8}{check.text}")
-        if check.advice:
-            lines.append(f"          -> {check.advice}")
+        lines.append(f"  {finding.status:<8}{finding.text}")
+        if finding.advice:
+            lines.append(f"          -> {finding.advice}")
     return "\n".join(lines)
 
 
-def _versions() -> list[Check]:
-    checks = [Check("Versions", INFO, f"autoembed {__version__}, Python {platform.python_version()}")]
-    return checks + [_version(package) for package in PACKAGES]
+def _versions() -> list[Finding]:
+    findings = [Finding("Versions", INFO, f"autoembed {__version__}, Python {platform.python_version()}")]
+    return findings + [_version(package) for package in PACKAGES]
 
 
-def _version(package: str) -> Check:
+def _version(package: str) -> Finding:
     try:
-        return Check("Versions", OK, f"{package} {importlib.metadata.version(package)}")
+        return Finding("Versions", OK, f"{package} {importlib.metadata.version(package)}")
     except importlib.metadata.PackageNotFoundError:
-        return Check("Versions", WRONG, f"{package} is not installed", "Run `make install`.")
+        return Finding("Versions", WRONG, f"{package} is not installed", "Run `make install`.")
 
 
-def _computing(environ: Mapping[str, str]) -> list[Check]:
+def _computing(environ: Mapping[str, str]) -> list[Finding]:
     flags = cpu_flags()
-    checks = [Check("Computing", INFO, f"CPU: {os.cpu_count()} cores, {' '.join(flags) or 'no flags of interest'}")]
+    findings = [Finding("Computing", INFO, f"CPU: {os.cpu_count()} cores, {' '.join(flags) or 'no flags of interest'}")]
     try:
         import torch
     except ImportError as error:
-        return [*checks, Check("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
-    checks.append(Check("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
+        return [*findings, Finding("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
+    findings.append(Finding("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
     found = re.search(r"BLAS_INFO=(\w+)", torch._C._show_config())
     blas = cpu.blas() or (found[1] if found else "unknown")
-    return [*checks, _blas(blas, cpu.matmul_gflops()), _device(environ)]
+    return [*findings, _blas(blas, cpu.matmul_gflops()), _device(environ)]
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
@@ -93,79 +93,79 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return [flag for flag in CPU_FLAGS if flag in have]
 
 
-def _blas(name: str, gflops: float) -> Check:
+def _blas(name: str, gflops: float) -> Finding:
     text = f"BLAS: {name}, float32 products at {gflops:.0f} GFLOP/s"
     if gflops < cpu.SLOW_GFLOPS:
-        return Check("Computing", WARNING, text, cpu.BLAS_HINT)
+        return Finding("Computing", WARNING, text, cpu.BLAS_HINT)
     if "openblas-pthread" in name:
         advice = "EMBEDDING_THREADS does not limit this one's threads. Debian: libopenblas0-openmp instead."
-        return Check("Computing", WARNING, text, advice)
-    return Check("Computing", OK, text)
+        return Finding("Computing", WARNING, text, advice)
+    return Finding("Computing", OK, text)
 
 
-def _device(environ: Mapping[str, str]) -> Check:
+def _device(environ: Mapping[str, str]) -> Finding:
     try:
         wanted = settings.read(environ).device
         found = device.resolve(wanted)
     except AutoembedError as error:
-        return Check("Computing", WRONG, str(error), error.hint or "")
-    return Check("Computing", OK, f"device: {device.describe(found)} (EMBEDDING_DEVICE is {wanted})")
+        return Finding("Computing", WRONG, str(error), error.hint or "")
+    return Finding("Computing", OK, f"device: {device.name_of(found)} (EMBEDDING_DEVICE is {wanted})")
 
 
-def _settings(environ: Mapping[str, str]) -> list[Check]:
+def _settings(environ: Mapping[str, str]) -> list[Finding]:
     """The environment of this command; the server's own is what the view embedding_settings shows."""
     title = "Settings (of this command; the server's: select * from embedding_settings)"
     rows = settings.report(environ)
     unset = [name for name, _, source in rows if source == "default"]
-    checks = [_setting(title, *row) for row in rows if row[0] not in unset]
-    checks += [
-        Check(title, WARNING, f"{name} is not a setting", "Check the spelling.") for name in settings.unknown(environ)
+    findings = [_setting(title, *row) for row in rows if row[0] not in unset]
+    findings += [
+        Finding(title, WARNING, f"{name} is not a setting", "Check the spelling.") for name in settings.unknown(environ)
     ]
-    return [*checks, Check(title, INFO, f"at their defaults: {len(unset)} of {len(rows)}")]
+    return [*findings, Finding(title, INFO, f"at their defaults: {len(unset)} of {len(rows)}")]
 
 
-def _setting(title: str, name: str, value: str | None, source: str) -> Check:
+def _setting(title: str, name: str, value: str | None, source: str) -> Finding:
     if source.startswith("invalid: "):
-        return Check(title, WRONG, source.removeprefix("invalid: "), f"Change or unset {name}.")
-    return Check(title, OK, f"{name} = {value} ({source})")
+        return Finding(title, WRONG, source.removeprefix("invalid: "), f"Change or unset {name}.")
+    return Finding(title, OK, f"{name} = {value} ({source})")
 
 
-def _models(environ: Mapping[str, str]) -> list[Check]:
+def _models(environ: Mapping[str, str]) -> list[Finding]:
     try:
         current = settings.read(environ)
         entries = model_directory.catalog(current)
     except AutoembedError as error:
-        return [Check("Models", WRONG, str(error), error.hint or "")]
+        return [Finding("Models", WRONG, str(error), error.hint or "")]
     directory = current.model_dir
     add = f"autoembed model add PATH (or model pull NAME) --dir {directory}"
     if not entries:
-        return [Check("Models", WRONG, f"{directory} has no model", add)]
-    checks = [Check("Models", INFO, f"directory {directory}"), *_reachable(directory), *map(_model, entries)]
-    wrong = [Check("Models", WRONG, f"EMBEDDING_PRELOAD: {error}", error.hint or "") for error in _missing(environ)]
-    return [*checks, _default_model(current), *wrong]
+        return [Finding("Models", WRONG, f"{directory} has no model", add)]
+    findings = [Finding("Models", INFO, f"directory {directory}"), *_reachable(directory), *map(_model, entries)]
+    wrong = [Finding("Models", WRONG, f"EMBEDDING_PRELOAD: {error}", error.hint or "") for error in _missing(environ)]
+    return [*findings, _default_model(current), *wrong]
 
 
-def _reachable(directory: Path) -> list[Check]:
+def _reachable(directory: Path) -> list[Finding]:
     """The server's user is another one: it needs to pass all folders above."""
     closed = [folder for folder in (directory, *directory.parents) if not folder.stat().st_mode & 0o001]
     advice = "The server's user must be able to get there: chmod o+x, or another EMBEDDING_MODEL_DIR."
-    return [Check("Models", WARNING, f"{folder} is closed to other users", advice) for folder in closed]
+    return [Finding("Models", WARNING, f"{folder} is closed to other users", advice) for folder in closed]
 
 
-def _model(entry: Entry) -> Check:
+def _model(entry: Entry) -> Finding:
     if entry.status == "ready":
         facts = f"{entry.architecture}, {entry.dimensions} dimensions, {entry.max_tokens} tokens"
-        return Check("Models", OK, f"{entry.name}: ready, {facts}, {entry.note}")
+        return Finding("Models", OK, f"{entry.name}: ready, {facts}, {entry.note}")
     if entry.status == "unregistered":
-        return Check("Models", WARNING, f"{entry.name}: unregistered", f"autoembed model add {entry.name} ...")
-    return Check("Models", WRONG, f"{entry.name}: {entry.status}", "Add it again with --force, or remove it.")
+        return Finding("Models", WARNING, f"{entry.name}: unregistered", f"autoembed model add {entry.name} ...")
+    return Finding("Models", WRONG, f"{entry.name}: {entry.status}", "Add it again with --force, or remove it.")
 
 
-def _default_model(current: settings.Settings) -> Check:
+def _default_model(current: settings.Settings) -> Finding:
     try:
-        return Check("Models", OK, f"the default model is {model_directory.find(current).name}")
+        return Finding("Models", OK, f"the default model is {model_directory.find(current).name}")
     except AutoembedError as error:
-        return Check("Models", WARNING, f"no default model: {error}", error.hint or "")
+        return Finding("Models", WARNING, f"no default model: {error}", error.hint or "")
 
 
 def _missing(environ: Mapping[str, str]) -> list[AutoembedError]:
@@ -179,17 +179,17 @@ def _missing(environ: Mapping[str, str]) -> list[AutoembedError]:
     return found
 
 
-def _postgres(environ: Mapping[str, str]) -> list[Check]:
+def _postgres(environ: Mapping[str, str]) -> list[Finding]:
     program = environ.get("PG_CONFIG") or shutil.which("pg_config")
     ask = None if program is None else _asker(program)
     version = ask("--version") if ask else None
     if ask is None or version is None:
-        return [Check("PostgreSQL", WRONG, "pg_config was not found", "Install PostgreSQL, or set PG_CONFIG.")]
+        return [Finding("PostgreSQL", WRONG, "pg_config was not found", "Install PostgreSQL, or set PG_CONFIG.")]
     folder = Path(ask("--sharedir") or "") / "extension"
-    checks = [Check("PostgreSQL", OK, f"{version} ({program})")]
-    checks += [_extension(folder, name, status, advice) for name, status, advice in EXTENSIONS]
+    findings = [Finding("PostgreSQL", OK, f"{version} ({program})")]
+    findings += [_extension(folder, name, status, advice) for name, status, advice in EXTENSIONS]
     libraries = Path(ask("--pkglibdir") or "")
-    return [*checks, _site(libraries / "pg_autoembed" / __version__), _library(libraries), *_servers()]
+    return [*findings, _site(libraries / "pg_autoembed" / __version__), _library(libraries), *_servers()]
 
 
 def _asker(program: str) -> Callable[[str], str | None]:
@@ -203,31 +203,31 @@ def _asker(program: str) -> Callable[[str], str | None]:
     return ask
 
 
-def _extension(folder: Path, name: str, missing: str, advice: str) -> Check:
+def _extension(folder: Path, name: str, missing: str, advice: str) -> Finding:
     try:
         control = (folder / f"{name}.control").read_text(encoding="utf-8")
     except OSError:
-        return Check(
+        return Finding(
             "PostgreSQL", missing, f"extension {name} is not available{' (optional)' if not advice else ''}", advice
         )
     version = re.search(r"^default_version\s*=\s*'([^']*)'", control, re.MULTILINE)
-    return Check("PostgreSQL", OK, f"extension {name} {version[1] if version else ''}".rstrip())
+    return Finding("PostgreSQL", OK, f"extension {name} {version[1] if version else ''}".rstrip())
 
 
-def _site(site: Path) -> Check:
+def _site(site: Path) -> Finding:
     if site.is_dir():
-        return Check("PostgreSQL", OK, f"Python packages for the server in {site}")
-    return Check("PostgreSQL", WRONG, f"no Python packages for the server in {site}", "Run `make install`.")
+        return Finding("PostgreSQL", OK, f"Python packages for the server in {site}")
+    return Finding("PostgreSQL", WRONG, f"no Python packages for the server in {site}", "Run `make install`.")
 
 
-def _library(libraries: Path) -> Check:
+def _library(libraries: Path) -> Finding:
     if (libraries / "autoembed_preload.so").is_file():
-        return Check("PostgreSQL", OK, "library autoembed_preload, for shared_preload_libraries")
+        return Finding("PostgreSQL", OK, "library autoembed_preload, for shared_preload_libraries")
     text = "library autoembed_preload is not installed: each session loads its own models"
-    return Check("PostgreSQL", WARNING, text, "Run `make install`.")
+    return Finding("PostgreSQL", WARNING, text, "Run `make install`.")
 
 
-def _servers(processes: Path = Path("/proc")) -> list[Check]:
+def _servers(processes: Path = Path("/proc")) -> list[Finding]:
     """The servers of this machine that this command's user may look into: what they preload."""
     found = []
     for process in sorted(processes.glob("[0-9]*"), key=lambda process: int(process.name)):
@@ -259,27 +259,27 @@ def _environment(process: Path) -> dict[str, str]:
     return {name: value for name, _, value in (variable.partition("=") for variable in variables) if name}
 
 
-def _server(process: Path) -> Check:
+def _server(process: Path) -> Finding:
     libraries = (process / "maps").read_text(encoding="utf-8")
     threads = len(list((process / "task").iterdir()))
     text = f"server in {(process / 'cwd').readlink()}"
     if "/autoembed_preload.so" not in libraries:
-        return Check("PostgreSQL", INFO, f"{text}: preloads no models")
+        return Finding("PostgreSQL", INFO, f"{text}: preloads no models")
     environment = _environment(process)
     if missing := _missing(environment):
         errors = "; ".join(map(str, missing))
-        return Check(
+        return Finding(
             "PostgreSQL", WRONG, f"{text}: EMBEDDING_PRELOAD of its environment: {errors}", missing[0].hint or ""
         )
     if "/libtorch" not in libraries:
         advice = "Its log says why. EMBEDDING_PRELOAD in its environment names the models."
-        return Check("PostgreSQL", WARNING, f"{text}: has autoembed_preload, but no model is preloaded", advice)
+        return Finding("PostgreSQL", WARNING, f"{text}: has autoembed_preload, but no model is preloaded", advice)
     if threads > 1:
         advice = "Its sessions may hang when they embed: find the library that starts threads when it is loaded."
-        return Check(
+        return Finding(
             "PostgreSQL", WARNING, f"{text}: preloads models, but its postmaster has {threads} threads", advice
         )
     wanted = ", ".join(settings.preload_names(environment))
-    return Check(
+    return Finding(
         "PostgreSQL", OK, f"{text}: preloads models ({wanted}); the view embedding_settings says what came of them"
     )

@@ -62,10 +62,10 @@ def encode_all(
     `checkpoint` runs before every micro-batch and, where the encoder can be interrupted, within it. What it raises
     passes untouched, MemoryError excepted: a cancel is no text's fault.
     """
-    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
-    batch = _Batch(encoder, list(places), prompt, checkpoint, token_budget or encoder.token_budget)
+    positions = {text: position for position, text in enumerate(dict.fromkeys(texts))}
+    batch = _Batch(encoder, list(positions), prompt, checkpoint, token_budget or encoder.token_budget)
     batch.run()
-    return [batch.outcomes[places[text]] for text in texts]
+    return [batch.outcomes[positions[text]] for text in texts]
 
 
 class _Pace:
@@ -105,11 +105,11 @@ class _Batch:
         for indexes in self._readable():
             for part in self._succeeding(indexes, self._tokenize_part):
                 self.tokenized.update(part)
-        waiting = sorted(self.tokenized, key=lambda index: self.tokenized[index].length)
-        while waiting:
-            size = self._fitting(waiting)
-            self._encode(waiting[:size])
-            del waiting[:size]
+        remaining = sorted(self.tokenized, key=lambda index: self.tokenized[index].length)
+        while remaining:
+            size = self._fitting(remaining)
+            self._encode(remaining[:size])
+            del remaining[:size]
 
     def checkpoint(self) -> None:
         """Remembers what was raised, so that no handler below mistakes it for an encoder's error.
@@ -141,11 +141,11 @@ class _Batch:
         tokenized = self.encoder.tokenize([self.texts[index] for index in indexes], self.prompt, self.checkpoint)
         return dict(zip(indexes, tokenized, strict=True))
 
-    def _fitting(self, waiting: Sequence[int]) -> int:
-        """How many of the shortest waiting texts make the next micro-batch."""
+    def _fitting(self, remaining: Sequence[int]) -> int:
+        """Returns how many of the shortest remaining texts make the next micro-batch."""
         size = 1
-        most = min(self.encoder.max_texts, len(waiting))
-        while size < most and self._cost(waiting[: size + 1]) <= self.pace.allowed:
+        most = min(self.encoder.max_texts, len(remaining))
+        while size < most and self._cost(remaining[: size + 1]) <= self.pace.allowed:
             size += 1
         return size
 
@@ -175,7 +175,7 @@ class _Batch:
     ) -> Iterator[dict[int, T]]:
         """Work on all, or on halves of what fails; a text that fails alone gets its failure."""
         stack = [indexes] if indexes else []
-        rested: set[int] = set()
+        freed: set[int] = set()
         while stack:
             part = stack.pop()
             try:
@@ -192,8 +192,8 @@ class _Batch:
             if _is_out_of_memory(failed):
                 self.encoder.free_memory()
                 self.pace.ran_out_of_memory(self._cost(part))
-                if len(part) == 1 and part[0] not in rested:  # what earlier ones had left allocated is free now
-                    rested.add(part[0])
+                if len(part) == 1 and part[0] not in freed:  # what earlier ones had left allocated is free now
+                    freed.add(part[0])
                     stack.append(part)
                     continue
             if len(part) == 1:

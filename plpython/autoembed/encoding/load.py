@@ -5,7 +5,7 @@ from __future__ import annotations
 from autoembed.encoding.protocol import Encoder
 from autoembed.errors import OutOfMemory
 from autoembed.models.directory import check_files
-from autoembed.models.model import MEGABYTE, PACKED, Model
+from autoembed.models.model import MEGABYTE, PACKED_ENCODER, Model
 from autoembed.process import environment, memory, signals
 from autoembed.process.device import resolve
 from autoembed.settings import Settings
@@ -23,7 +23,7 @@ def load_encoder(model: Model, settings: Settings) -> Encoder:
     check_files(model)
     environment.set_environment()  # before torch is imported: its OpenMP reads the environment only then
     device = resolve(settings.device)
-    if model.encoder == PACKED and device == "cpu":
+    if model.encoder == PACKED_ENCODER and device == "cpu":
         from autoembed.encoding.packed.encoder import PackedEncoder
 
         return PackedEncoder.load(model, settings)

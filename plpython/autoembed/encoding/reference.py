@@ -29,7 +29,7 @@ GPU_BATCH = (128, 32768)
 def open_folder(folder: Path, device: str) -> Any:
     """A SentenceTransformer from local files: float32, safetensors only, none of the model's own code."""
     try:
-        environment.prepare()
+        environment.set_up_libraries()
         import torch
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError as error:

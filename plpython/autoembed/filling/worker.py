@@ -1,7 +1,7 @@
-"""A fill that stays on: fills what is pending, sleeps, looks again.
+"""A worker stays on: it fills what is pending, sleeps, and looks again.
 
-Asleep it holds no snapshot, no transaction id and no lock but its place. Python does not see a cancel by itself, so it
-sleeps in slices.
+Asleep it holds no snapshot, no transaction id and no lock but the one that counts its role's workers. Python does not
+see a cancel by itself, so it sleeps in slices.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from autoembed.filling.sqlstates import BUSY, REFUSED
 
 SLICE = 0.05
 SHORTEST, LONGEST = 0.02, 0.4
-"""Between two looks. The interval doubles while nothing is pending; half of the longest is a new row's usual delay."""
-TURN = 5
-"""Seconds that one column is filled before the next one has its turn."""
-PROBING_SHARE = 10
+"""Seconds between two looks. The interval doubles while nothing is pending: half of the longest is the usual delay of a
+new row."""
+TURN_SECONDS = 5
+"""So long one column is filled before the next one has its turn."""
+LOOK_SHARE = 10
 """A worker of many columns sleeps at least so many times as long as its look at all of them took."""
-BARREN_SHARE = 10
-"""A column of which a fill embedded nothing (rows that others hold, say) rests so many times as long as it took."""
-ROUND = 60.0
-"""Seconds after which each column is filled without a look: that tidies, and finds what a dead worker left behind."""
-TROUBLE = 30.0
-"""Seconds that a column rests whose model cannot be used, or whose table refuses."""
+PAUSE_SHARE = 10
+"""A column of which a turn embedded nothing (others hold its rows, say) pauses so many times as long as it took."""
+SWEEP_SECONDS = 60.0
+"""After so long each column is filled without a look: that tidies, and finds what a dead worker left behind."""
+TROUBLE_SECONDS = 30.0
+"""So long a column pauses whose model cannot be used, or whose table refuses."""
 
 
 def sleep(database: Connection, seconds: float) -> None:
+    """Sleeps, and lets a cancel through."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(left, SLICE))
@@ -39,15 +41,15 @@ def sleep(database: Connection, seconds: float) -> None:
 
 
 @dataclass
-class Place:
-    """Until when a column rests, and when it is filled without a look.
+class Turn:
+    """When a column may have its next turn: it pauses until `pause_ends`; from `sweep_due` on it needs no look.
 
-    While it rests, only rows count that were not there yet when it was last filled, in the snapshot `seen`; while its
-    model is in trouble, none does.
+    While it pauses, only rows count that the snapshot `seen` of its last turn does not show; while it is in trouble,
+    none does.
     """
 
-    look: float = 0.0
-    fill: float = 0.0
+    pause_ends: float = 0.0
+    sweep_due: float = 0.0
     seen: str = ""
     trouble: str = ""
 
@@ -63,33 +65,33 @@ class Worker:
     totals: Totals
     seconds: int | None
     started: float = field(default_factory=time.monotonic)
-    places: dict[int, Place] = field(default_factory=dict)
+    turns: dict[int, Turn] = field(default_factory=dict)
     columns: list[Column] = field(default_factory=list)
     known: str | None = None
 
     def run(self) -> None:
-        interval, tired = SHORTEST, False
+        interval, has_memory = SHORTEST, False
         while self.left() > 0:
             spent = self.handled()
             looking = self.look_around()
             if self.handled() > spent:
-                interval, tired = SHORTEST, True
+                interval, has_memory = SHORTEST, True
                 continue
-            if tired and interval >= LONGEST:
+            if has_memory and interval >= LONGEST:
                 self.free_memory()
-                tired = False
-            sleep(self.database, min(max(interval, PROBING_SHARE * looking), self.left()))
+                has_memory = False
+            sleep(self.database, min(max(interval, LOOK_SHARE * looking), self.left()))
             interval = min(2 * interval, LONGEST)
 
     def left(self) -> float:
-        """Seconds; a call without an end has an hour left at any time."""
+        """Returns the seconds that are left; a call without an end has an hour left at any time."""
         return 3600.0 if self.seconds is None else self.started + self.seconds - time.monotonic()
 
     def handled(self) -> int:
         return self.totals.embedded + self.totals.failed
 
     def look_around(self) -> float:
-        """At each column once, in the order of their last turns; the seconds that looking took, not filling."""
+        """Looks at each column once, in the order of their last turns; returns the seconds that it did not fill."""
         began, filling = time.monotonic(), 0.0
         self.notice_declarations()
         for column in self.columns:
@@ -101,16 +103,16 @@ class Worker:
         declared = self.database.declarations()
         if declared != self.known:
             self.columns, self.known = self.database.columns(None), declared
-            self.places = {each.registration: self.places.get(each.registration, Place()) for each in self.columns}
+            self.turns = {each.registration: self.turns.get(each.registration, Turn()) for each in self.columns}
         self.database.commit()
 
     def wants(self, column: Column) -> bool:
-        place, now = self.places[column.registration], time.monotonic()
-        rests = now < place.look
-        if rests and place.trouble:
+        turn, now = self.turns[column.registration], time.monotonic()
+        pauses = now < turn.pause_ends
+        if pauses and turn.trouble:
             return False
         try:
-            found = self.database.has_pending(column, place.seen if rests else None)
+            found = self.database.has_pending(column, turn.seen if pauses else None)
             self.database.commit()
         except self.database.error as error:
             # a table that was given away a moment ago refuses: the next look at the declarations leaves it out
@@ -118,24 +120,24 @@ class Worker:
                 raise
             self.database.rollback()
             return False
-        return found or (now >= place.fill and not rests)
+        return found or (now >= turn.sweep_due and not pauses)
 
     def take_turn(self, column: Column) -> float:
-        """Fill it for a while; the seconds that this took."""
-        place, before, began = self.places[column.registration], self.handled(), time.monotonic()
-        place.seen = self.database.snapshot()
+        """Fills the column for a while; returns the seconds that this took."""
+        turn, before, began = self.turns[column.registration], self.handled(), time.monotonic()
+        turn.seen = self.database.snapshot()
         self.database.commit()
         try:
-            self.fill(column, self.totals, Limits(None, max(1, min(TURN, round(self.left())))))
-            place.trouble = ""
+            self.fill(column, self.totals, Limits(None, max(1, min(TURN_SECONDS, round(self.left())))))
+            turn.trouble = ""
         except AutoembedError as error:  # one column's trouble must not keep the others from being filled
-            if place.trouble != str(error):
+            if turn.trouble != str(error):
                 self.warn(column, error)
-            place.trouble = str(error)
-            place.look = time.monotonic() + TROUBLE
+            turn.trouble = str(error)
+            turn.pause_ends = time.monotonic() + TROUBLE_SECONDS
             return time.monotonic() - began
         took = time.monotonic() - began
-        place.fill = began + took + ROUND
+        turn.sweep_due = began + took + SWEEP_SECONDS
         if self.handled() == before:
-            place.look = began + took + BARREN_SHARE * took
+            turn.pause_ends = began + took + PAUSE_SHARE * took
         return took

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Writer:
-    """One claim's write; `vectors` has pgvector's text form by the row's place in the claim."""
+    """One claim's write; `vectors` has pgvector's text form by the row's position in the claim."""
 
     database: FillDatabase
     transactions: Transactions

@@ -22,7 +22,7 @@ from autoembed.errors import (
 )
 from autoembed.models import manifest as manifests
 from autoembed.models.manifest import BadManifest, File, Manifest, Stamp
-from autoembed.models.model import PACKED, Entry, Model
+from autoembed.models.model import PACKED_ENCODER, Entry, Model
 from autoembed.settings import DEFAULT_MODEL, Settings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -205,7 +205,7 @@ def _entry(folder: Path, settings: Settings) -> Entry:
 
 
 def _served(manifest: Manifest) -> str:
-    if manifest.encoder == PACKED:
+    if manifest.encoder == PACKED_ENCODER:
         return "served by the packed encoder"
     why = f", since {manifest.encoder_note}" if manifest.encoder_note else ""
     return f"served by sentence-transformers, about half as fast{why}"
@@ -226,7 +226,7 @@ def _check_strangers(folder: Path, manifest: Manifest, name: str) -> None:
 
 def _describe(folder: Path, manifest: Manifest, name: str) -> dict[str, File]:
     _check_presence(folder, manifest, name)
-    return manifests.describe(folder, manifest.files)
+    return manifests.hash_files(folder, manifest.files)
 
 
 def _unchanged(path: Path, file: File) -> bool:

@@ -142,10 +142,10 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe(folder: Path, names: Iterable[str]) -> dict[str, File]:
+def hash_files(folder: Path, names: Iterable[str]) -> dict[str, File]:
     """Hash and stamp files; the stamp is taken first, so that a change during hashing shows later."""
-    described = {}
+    files = {}
     for name in sorted(names):
         stamp = Stamp.of(folder / name)
-        described[name] = File(sha256(folder / name), stamp)
-    return described
+        files[name] = File(sha256(folder / name), stamp)
+    return files

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MEGABYTE = 1 << 20
-PACKED = "packed"
+PACKED_ENCODER = "packed"
 """The value of `Model.encoder` for a model that the product's own encoder serves."""
 
 

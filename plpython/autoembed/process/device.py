@@ -21,7 +21,7 @@ def available(device: str) -> bool:
     return device == "cpu"
 
 
-def describe(device: str) -> str:
+def name_of(device: str) -> str:
     """For people: the device with its hardware's name."""
     import torch
 

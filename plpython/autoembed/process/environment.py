@@ -24,7 +24,7 @@ def set_environment() -> None:
     os.environ.update(ENVIRONMENT)
 
 
-def prepare() -> None:
+def set_up_libraries() -> None:
     """Call this before transformers or sentence_transformers is imported: both read the environment only then."""
     set_environment()
     import tqdm

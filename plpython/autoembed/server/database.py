@@ -161,7 +161,7 @@ class SessionDatabase:
         if known is not None:
             return str(known)
         details = getattr(error, "spidata", None)
-        return "".join(chr((details[0] >> 6 * place & 63) + 48) for place in range(5)) if details else "XX000"
+        return "".join(chr((details[0] >> 6 * digit & 63) + 48) for digit in range(5)) if details else "XX000"
 
     def constraint(self, error: Exception) -> str | None:
         """Its constraint, where there is one of that name: a trigger can name anything (USING CONSTRAINT = …)."""

@@ -16,7 +16,7 @@ from typing import Any
 from autoembed import settings
 from autoembed.errors import AutoembedError, MissingPackage, NoDefaultModel
 from autoembed.models import directory
-from autoembed.models.model import PACKED, Model
+from autoembed.models.model import PACKED_ENCODER, Model
 from autoembed.process import cpu, device
 from autoembed.server import preloaded
 from autoembed.settings import Settings
@@ -39,7 +39,7 @@ class Check:
     hint: str | None = None
 
 
-def examine(gd: dict[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Check]:
+def check_all(gd: dict[str, Any], environ: Mapping[str, str] = os.environ) -> dict[str, Check]:
     current, model = default_model(environ)
     return {
         "model": made(check_model, environ),
@@ -88,7 +88,7 @@ def check_model(environ: Mapping[str, str]) -> Check:
 def check_encoder(current: Settings | None, model: Model | None) -> Check:
     if current is None or model is None:
         return Check(WARN, "without a default model there is no encoder to look at", "See the check named model.")
-    packed = model.encoder == PACKED
+    packed = model.encoder == PACKED_ENCODER
     for package in PACKED_NEEDS if packed else PACKED_NEEDS + SENTENCE_TRANSFORMERS:
         if not is_installed(package):
             raise MissingPackage(package=package, purpose=f'model "{model.name}"')

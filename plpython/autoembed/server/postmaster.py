@@ -64,10 +64,10 @@ def load_all(loaded: Preloaded, wanted: Settings, log: Say, warn: Say) -> None:
     for name in wanted.preload:
         started = time.monotonic()
         try:
-            prepare(loaded)
+            import_torch(loaded)
             model = directory.find(wanted, name)
             device = backends_device(wanted.device)
-            loaded.encoders[name] = load(model, dataclasses.replace(wanted, device="cpu", threads=1), device)
+            loaded.encoders[name] = load_warm(model, dataclasses.replace(wanted, device="cpu", threads=1), device)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the server must start
             kind = "" if isinstance(error, AutoembedError) else f"{type(error).__name__}: "
             loaded.problems[name] = f"{kind}{error}"
@@ -79,8 +79,8 @@ def load_all(loaded: Preloaded, wanted: Settings, log: Say, warn: Say) -> None:
 
 
 @signals.kept()
-def prepare(loaded: Preloaded) -> None:
-    """Before the first model: torch with one thread."""
+def import_torch(loaded: Preloaded) -> None:
+    """Imports torch before the first model, with one thread."""
     environment.set_environment()
     os.environ.update(ENVIRONMENT)
     import torch
@@ -92,7 +92,7 @@ def prepare(loaded: Preloaded) -> None:
         torch.set_num_threads(1)
 
 
-def load(model: Model, wanted: Settings, device: str) -> Encoder:
+def load_warm(model: Model, wanted: Settings, device: str) -> Encoder:
     """On the CPU, the encoder that runs on the device. A first text leaves behind what libraries import with it."""
     if device == "cpu":
         encoder = load_encoder(model, wanted)

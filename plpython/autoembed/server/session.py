@@ -117,7 +117,7 @@ class Session:
     def health(self) -> list[tuple[str, str, str, str | None]]:
         from autoembed.server import health  # here: nobody else needs it
 
-        checks = health.examine(self.gd)
+        checks = health.check_all(self.gd)
         return [(name, check.status, check.message, check.hint) for name, check in checks.items()]
 
     def list_settings(self) -> list[tuple[str, str | None, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from autoembed.command import cli, doctor
-from autoembed.command.doctor import INFO, OK, WARNING, WRONG, Check
+from autoembed.command.doctor import INFO, OK, WARNING, WRONG, Finding
 from autoembed.process import cpu
 from autoembed.settings import Settings
 
@@ -35,7 +35,7 @@ def fake_postgres(tmp_path: Path) -> Path:
     return program
 
 
-def texts(checks: list[Check], status: str) -> str:
+def texts(checks: list[Finding], status: str) -> str:
     return "\n".join(f"{check.text} -> {check.advice}" for check in checks if check.status == status)
 
 
@@ -104,7 +104,7 @@ def test_what_postgres_lacks(environ: dict[str, str], fake_postgres: Path) -> No
 
 
 def test_a_missing_package() -> None:
-    assert doctor._version("no-such-package") == Check(
+    assert doctor._version("no-such-package") == Finding(
         "Versions", WRONG, "no-such-package is not installed", "Run `make install`."
     )
 
@@ -146,7 +146,7 @@ def test_cpu_flags(tmp_path: Path) -> None:
 
 def test_the_commands_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for status, code in ((OK, 0), (WARNING, 0), (WRONG, 1)):
-        monkeypatch.setattr(doctor, "examine", lambda status=status: [Check("S", status, "text", "advice")])
+        monkeypatch.setattr(doctor, "examine", lambda status=status: [Finding("S", status, "text", "advice")])
         assert cli.main(["doctor"]) == code
         assert f"  {status:<8}text\n          -> advice" in capsys.readouterr().out
 

@@ -288,4 +288,4 @@ def test_the_device_is_the_best_there_is(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_cpu_is_always_available() -> None:
     assert device.available("cpu")
     assert not device.available("tpu")
-    assert device.describe("cpu") == "cpu"
+    assert device.name_of("cpu") == "cpu"

@@ -26,11 +26,11 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 def statuses(environ: dict[str, str]) -> dict[str, str]:
-    return {name: check.status for name, check in health.examine({}, environ).items()}
+    return {name: check.status for name, check in health.check_all({}, environ).items()}
 
 
 def look(environ: dict[str, str], name: str = "model") -> Check:
-    return health.examine({}, environ)[name]
+    return health.check_all({}, environ)[name]
 
 
 def weights(environ: dict[str, str]) -> Path:
@@ -101,7 +101,7 @@ def test_model_that_cannot_be_used(environ: dict[str, str], damage: str) -> None
         shutil.rmtree(folder)
     else:
         environ["EMBEDDING_THREADS"] = "all"
-    found = health.examine({}, environ)
+    found = health.check_all({}, environ)
     assert list(found) == NAMES
     assert found["model"].status == FAIL
     assert found["model"].hint
@@ -146,13 +146,13 @@ def test_torch_that_is_not_loaded(environ: dict[str, str], monkeypatch: pytest.M
 
 def test_preload_that_failed(environ: dict[str, str]) -> None:
     gd = {preloaded.KEY: preloaded.Preloaded(1, problems={"stub-large": "it is broken"})}
-    found = health.examine(gd, environ)["preload"]
+    found = health.check_all(gd, environ)["preload"]
     assert found == Check(WARN, "stub-large not loaded: it is broken", found.hint)
 
 
 def test_default_model_that_is_not_preloaded(environ: dict[str, str]) -> None:
     gd = {preloaded.KEY: preloaded.Preloaded(1)}
-    found = health.examine(gd, environ)["preload"]
+    found = health.check_all(gd, environ)["preload"]
     assert found.status == WARN
     assert 'the default model "stub-large" is not preloaded' in found.message
 
@@ -164,7 +164,7 @@ def test_a_check_that_cannot_be_made_takes_no_other_with_it(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "matmul_gflops", None)
-    found = health.examine({}, environ)
+    found = health.check_all({}, environ)
     assert list(found) == NAMES
     assert found["torch"] == Check(WARN, "this check could not be made: TypeError")
     assert found["model"].status == OK

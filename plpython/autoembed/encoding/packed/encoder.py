@@ -37,13 +37,13 @@ PREFIX = re.compile(r"^(bert|roberta|mpnet)\.")
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnsupportedNetwork)
 
 
-class Loaded:
+class Pipeline:
     """A folder's tokenizer, network and head; UnsupportedNetwork where only sentence-transformers computes it."""
 
     def __init__(self, layout: Layout, max_tokens: int, precision: str) -> None:
-        shape = Shape.read(layout.config)
-        self.pool, self.heads = pooling.read(layout, mapped)
-        self.network = NETWORKS[precision](shape, mapped(layout.transformer, PREPARED.get(precision)))
+        shape = Shape.of(layout.config)
+        self.pool, self.heads = pooling.build(layout, mapped)
+        self.network = NETWORKS[precision](shape, mapped(layout.transformer, CONVERTED_FILES.get(precision)))
         self.tokenizer = TextTokenizer(layouts.tokenizer_file(layout), max_tokens)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
@@ -64,12 +64,12 @@ class PackedEncoder:
     pads = False
     interruptible = True
 
-    def __init__(self, model: Model, loaded: Loaded, max_threads: int | None = None) -> None:
+    def __init__(self, model: Model, pipeline: Pipeline, max_threads: int | None = None) -> None:
         self.model = model
         self.token_budget = TOKEN_BUDGETS[model.precision]
         self.policy = threads.Policy(max_threads, model.bytes)
         self.shared = False
-        self._loaded: Loaded | None = loaded
+        self._pipeline: Pipeline | None = pipeline
 
     @classmethod
     def load(cls, model: Model, settings: Settings) -> PackedEncoder:
@@ -78,45 +78,45 @@ class PackedEncoder:
                 name=model.name, reason=reason, hint="Add it again, under another name, without --precision."
             )
         try:
-            loaded = Loaded(layouts.inspect(model.path, model.name), model.max_tokens, model.precision)
+            pipeline = Pipeline(layouts.inspect(model.path, model.name), model.max_tokens, model.precision)
         except MemoryError:
             raise OutOfMemory(name=model.name, reason="its weights do not fit") from None
         except LOAD_ERRORS as error:
             if "allocate memory" in str(error):
                 raise OutOfMemory(name=model.name, reason="its weights do not fit") from None
             raise BrokenModel(name=model.name, reason=f"loading it raised {type(error).__name__}: {error}") from error
-        return cls(model, loaded, settings.threads)
+        return cls(model, pipeline, settings.threads)
 
     @property
-    def loaded(self) -> Loaded:
-        if self._loaded is None:
+    def pipeline(self) -> Pipeline:
+        if self._pipeline is None:
             raise AttributeError("the encoder is closed")
-        return self._loaded
+        return self._pipeline
 
     def tokenize(
         self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
     ) -> list[Tokenized]:
-        return self.loaded.tokenizer.tokenize(texts, prompt, checkpoint)
+        return self.pipeline.tokenizer.tokenize(texts, prompt, checkpoint)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
         torch.set_num_threads(self.policy.threads(sum(text.length for text in texts)))
         if not all(text.length for text in texts):
             raise ValueError("a text without any token has no vector")
-        return self.loaded.encode(texts, Sparse(checkpoint))
+        return self.pipeline.encode(texts, Sparse(checkpoint))
 
     def use_threads(self, fixed: int | None) -> None:
         self.policy = threads.Policy(fixed, self.model.bytes)
 
     def free_memory(self) -> None:
-        self.loaded.network.space.clear()
+        self.pipeline.network.space.clear()
         memory.trim()
 
     def close(self) -> None:
-        self._loaded = None
+        self._pipeline = None
         memory.trim()
 
 
-def prepare(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:
+def convert_weights(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:
     """Write the weights of a precision, ready to be mapped and so shared by all processes, in place of the published.
 
     Raises UnsupportedNetwork for a model that the packed encoder does not serve.
@@ -125,9 +125,9 @@ def prepare(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:
 
     everything = mapped(layout.transformer)
     weights = {name: tensor for name, tensor in everything.items() if name.startswith(("embeddings.", "encoder."))}
-    network = Network(Shape.read(layout.config), weights)
+    network = Network(Shape.of(layout.config), weights)
     converted = CONVERSIONS[precision](network, weights, Packed.of([text.content for text in texts]))
-    save_file(converted, layout.transformer / PREPARED[precision])
+    save_file(converted, layout.transformer / CONVERTED_FILES[precision])
     for name in layouts.choose_weights(file.name for file in layout.transformer.iterdir()):
         (layout.transformer / name).unlink()
 
@@ -138,7 +138,7 @@ def halve(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> dic
 
 
 CONVERSIONS = {"bfloat16": halve, "int8": quantize}
-PREPARED = {precision: f"{precision}.safetensors" for precision in CONVERSIONS}
+CONVERTED_FILES = {precision: f"{precision}.safetensors" for precision in CONVERSIONS}
 NETWORKS: dict[str, Callable[[Shape, Mapping[str, Tensor]], Network]] = {
     "float32": Network,
     "bfloat16": partial(Network, dtype=torch.bfloat16),
@@ -146,10 +146,10 @@ NETWORKS: dict[str, Callable[[Shape, Mapping[str, Tensor]], Network]] = {
 }
 
 
-def mapped(folder: Path, prepared: str | None = None) -> Mapping[str, Tensor]:
+def mapped(folder: Path, converted: str | None = None) -> Mapping[str, Tensor]:
     """A folder's tensors by name, as their file is mapped: they cost memory when they are read, and all share it."""
     tensors: dict[str, Tensor] = {}
-    for name in [prepared] if prepared else layouts.choose_weights(file.name for file in folder.iterdir()):
+    for name in [converted] if converted else layouts.choose_weights(file.name for file in folder.iterdir()):
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="pt") as file:
                 tensors.update({PREFIX.sub("", key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

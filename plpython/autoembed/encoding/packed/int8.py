@@ -18,9 +18,9 @@ from torch import Tensor
 from autoembed.encoding.packed import kernels
 from autoembed.encoding.packed.kernels import pointer, pointers
 from autoembed.encoding.packed.network import (
+    AttentionFn,
     LayerNames,
     Linear,
-    Look,
     Network,
     Norm,
     Packed,
@@ -151,11 +151,11 @@ class QuantizedLayer:
         self.attention_norm = Norm(weights, names.attention_norm, shape.epsilon)
         self.norm = Norm(weights, names.norm, shape.epsilon)
 
-    def __call__(self, tokens: Tensor, rows: Rows, looks: Look, after: Weight, space: Workspace) -> Rows:
+    def __call__(self, tokens: Tensor, rows: Rows, attend: AttentionFn, after: Weight, space: Workspace) -> Rows:
         """tokens (T, width) are changed in place; rows are the same as bytes, made for the product that comes after."""
         kernels = self.kernels
         joined, seen = kernels.product(rows, self.joined, self.output.outputs, space)
-        rows = kernels.quantize(looks(joined, seen), self.output, space)
+        rows = kernels.quantize(attend(joined, seen), self.output, space)
         rows = kernels.add_norm(rows, self.output, tokens, self.attention_norm, self.up, space)
         rows = kernels.gelu(rows, self.up, self.down, space)
         return kernels.add_norm(rows, self.down, tokens, self.norm, after, space)
@@ -172,13 +172,13 @@ class QuantizedNetwork(Network):
         self.quantized = [QuantizedLayer(self.kernels, self.shape, weights, each) for each in names]
 
     def __call__(self, packed: Packed, checkpoint: Callable[[], None]) -> Tensor:
-        looks = self.attention.of(packed)
+        attend = self.attention.of(packed)
         tokens = self.embeddings(packed)
         rows = self.kernels.quantize(tokens, self.quantized[0].joined, self.space)
         following = [*self.quantized[1:], self.quantized[-1]]  # what the last one makes for a product, none takes
         for layer, after in zip(self.quantized, following, strict=True):
             checkpoint()
-            rows = layer(tokens, rows, looks, after.joined, self.space)
+            rows = layer(tokens, rows, attend, after.joined, self.space)
         return tokens
 
 

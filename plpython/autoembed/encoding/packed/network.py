@@ -97,7 +97,7 @@ class Shape:
     buckets: int
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Shape:
+    def of(cls, config: Mapping[str, Any]) -> Shape:
         """Refuses what the product has not got; a key that is missing has the architecture's default."""
         architecture = str(config["model_type"])
         if architecture not in NAMES:
@@ -230,7 +230,7 @@ class Embeddings:
         return torch.cat(counted) * real + self.padding
 
 
-Look = Callable[[Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor], Tensor]
 """From query, key and value side by side (T, 3 * width) to what each token sees (T, width), which is given."""
 
 
@@ -246,7 +246,7 @@ class Attention:
         if self.library is not None:
             self.library.autoembed_attention_scratch.restype = ctypes.c_long
 
-    def of(self, packed: Packed) -> Look:
+    def of(self, packed: Packed) -> AttentionFn:
         """All layers look at the same texts."""
         biases = self.biases(max(packed.lengths))
         if self.library is None:
@@ -329,10 +329,10 @@ class Layer:
         self.norm = Norm(weights, names.norm, shape.epsilon, dtype)
         self.activate = ACTIVATIONS[shape.activation]
 
-    def __call__(self, tokens: Tensor, looks: Look, space: Workspace) -> Tensor:
+    def __call__(self, tokens: Tensor, attend: AttentionFn, space: Workspace) -> Tensor:
         count = len(tokens)
         joined, seen = space.split("products", count, self.joined.outputs, self.output.outputs)
-        seen = looks(self.joined(tokens, joined), seen)
+        seen = attend(self.joined(tokens, joined), seen)
         tokens = self.attention_norm(self.output.add_to(seen, tokens))
         inner = self.activate(self.up(tokens, space.take("products", count, self.up.outputs)))
         return self.norm(self.down.add_to(inner, tokens))
@@ -353,11 +353,11 @@ class Network:
         self.layers = [Layer(self.shape, weights, number, self.dtype) for number in range(self.shape.layers)]
 
     def __call__(self, packed: Packed, checkpoint: Callable[[], None]) -> Tensor:
-        looks = self.attention.of(packed)
+        attend = self.attention.of(packed)
         tokens = self.embeddings(packed).to(self.dtype)
         for layer in self.layers:
             checkpoint()
-            tokens = layer(tokens, looks, self.space)
+            tokens = layer(tokens, attend, self.space)
         return tokens.float()
 
 

@@ -63,12 +63,12 @@ def normalize(vectors: Tensor) -> Tensor:
     return functional.normalize(vectors, eps=LEAST_NORM)
 
 
-def read(layout: Layout, load: Callable[[Path], Mapping[str, Tensor]]) -> tuple[Pooling, list[Head]]:
-    """`load` gives the tensors of a module's folder. Raises UnsupportedNetwork for what is not computed here."""
+def build(layout: Layout, tensors: Callable[[Path], Mapping[str, Tensor]]) -> tuple[Pooling, list[Head]]:
+    """`tensors` gives those of a module's folder. Raises UnsupportedNetwork for what is not computed here."""
     kinds = [module.kind for module in layout.modules[1:]]
     if not kinds or kinds[0] != "Pooling":
         raise UnsupportedNetwork("its second module is no Pooling")
-    heads = [_head(layout, module, load) for module in layout.modules[2:] if module.kind != "Dropout"]
+    heads = [_head(layout, module, tensors) for module in layout.modules[2:] if module.kind != "Dropout"]
     return _pooling(read_json(layout.folder / layout.modules[1].path / "config.json", layout.name)), heads
 
 
@@ -83,7 +83,7 @@ def _pooling(config: Mapping[str, Any]) -> Pooling:
     return POOLINGS[modes[0]]
 
 
-def _head(layout: Layout, module: Module, load: Callable[[Path], Mapping[str, Tensor]]) -> Head:
+def _head(layout: Layout, module: Module, tensors: Callable[[Path], Mapping[str, Tensor]]) -> Head:
     if module.kind == "Normalize":
         return normalize
     if module.kind != "Dense":
@@ -93,4 +93,4 @@ def _head(layout: Layout, module: Module, load: Callable[[Path], Mapping[str, Te
     kind = activation.removeprefix("torch.nn.modules.").rsplit(".", 1)[-1]
     if kind not in ACTIVATIONS:
         raise UnsupportedNetwork(f"its activation {activation} is not among {', '.join(ACTIVATIONS)}")
-    return Dense(load(folder), ACTIVATIONS[kind])
+    return Dense(tensors(folder), ACTIVATIONS[kind])

@@ -56,7 +56,7 @@ def make(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Make:
         config = {"model_type": "mpnet", "hidden_size": heads * size, "num_attention_heads": heads}
         torch.manual_seed(7)
         weights = {"encoder.relative_attention_bias.weight": torch.randn(32, heads) * 2} if biased else {}
-        return Attention(Shape.read(config), weights, Workspace(dtype))
+        return Attention(Shape.of(config), weights, Workspace(dtype))
 
     return attention
 

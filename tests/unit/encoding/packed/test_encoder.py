@@ -23,7 +23,7 @@ from autoembed.adding.add import add_model
 from autoembed.encoding import interrupts
 from autoembed.encoding.batching import Vector, encode_all
 from autoembed.encoding.load import load_encoder
-from autoembed.encoding.packed.encoder import Loaded, PackedEncoder
+from autoembed.encoding.packed.encoder import PackedEncoder, Pipeline
 from autoembed.encoding.packed.network import Shape, UnsupportedNetwork
 from autoembed.encoding.reference import StEncoder
 from autoembed.models import directory as model_directory
@@ -220,8 +220,8 @@ def loaded_vectors(folder: Path, texts: Sequence[str] = ("vacuum removes dead ro
     return loaded.encode(loaded.tokenizer.tokenize(list(texts)), nothing)
 
 
-def opened(folder: Path, limit: int) -> Loaded:
-    return Loaded(layouts.inspect(folder, "m"), limit, "float32")
+def opened(folder: Path, limit: int) -> Pipeline:
+    return Pipeline(layouts.inspect(folder, "m"), limit, "float32")
 
 
 def distilbert(directory: Path) -> Path:
@@ -288,7 +288,7 @@ def test_the_packed_encoder_says_that_it_serves(lively_shelf: Settings) -> None:
 )
 def test_networks_that_would_come_out_wrong_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedNetwork):
-        Shape.read(config)
+        Shape.of(config)
 
 
 def in_a_process(code: str, directory: Path, **environment: str) -> str:

@@ -212,4 +212,4 @@ def test_rows_that_the_stack_does_not_take(kernels: Kernels, space: Workspace) -
 
 
 def test_prepared_weights_are_mapped() -> None:
-    assert packed.PREPARED == {"bfloat16": "bfloat16.safetensors", "int8": "int8.safetensors"}
+    assert packed.CONVERTED_FILES == {"bfloat16": "bfloat16.safetensors", "int8": "int8.safetensors"}
