@@ -14,7 +14,7 @@ JOBS ?= $(shell nproc)
 export PG_CONFIG PYTHON TORCH_VERSION TORCH_INDEX AUTOEMBED_BIN DEMO_MODEL JOBS DESTDIR PYTEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all up down dsn psql install dependencies uninstall bench lint clean dev image image-test
+.PHONY: help demo test unit test-all up down dsn psql install dependencies uninstall bench lint clean dev image image-test
 .NOTPARALLEL:
 
 help:       ## this list
@@ -24,8 +24,14 @@ demo: up dev  ## an embedded corpus and a search, from a bare machine on
 	@scripts/model.sh $(DEMO_MODEL)
 	@scripts/run.sh demo/run
 
-test: install dev  ## the tests (PYTEST_ARGS="-k name" chooses)
+test: install dev  ## the tests; one of them: PYTEST_ARGS="tests/test_fill.py -k name --no-cov"
 	@scripts/test.sh -m "not slow"
+
+unit:       ## the tests that need no server; one of them: PYTEST_ARGS="-k name"
+	@scripts/deps.sh
+	@scripts/site.sh dependencies
+	@scripts/dev.sh
+	@scripts/test.sh -o testpaths=tests/unit --no-cov
 
 test-all: install dev  ## the tests, slow ones too, and the image's
 	@scripts/test.sh

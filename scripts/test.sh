@@ -16,8 +16,9 @@ copy_for_server_user() {
 
 ! is_root || copy_for_server_user
 cd "$WORK"
-# The tree's package comes before the installed one, which alone has what a compiler made.
-as_server ln -sf "$(site_packages)"/autoembed/encoding/packed/_kernels*.so plpython/autoembed/encoding/packed/
+# The tree's package comes before the installed one, and has no C of its own.
+"$ROOT/scripts/kernels.sh"
+as_server ln -sf "$STATE"/kernels/autoembed/encoding/packed/_kernels*.so plpython/autoembed/encoding/packed/
 COVERAGE=(--cov=autoembed --cov-config=tests/support/coverage.ini)
 [ -n "${PYTEST_ARGS:-}" ] || COVERAGE+=(--cov-fail-under=90)
 eval "ARGUMENTS=(${PYTEST_ARGS:-})"  # as a shell reads it: PYTEST_ARGS='-k "one or other"'
