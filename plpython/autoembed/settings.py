@@ -107,17 +107,17 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def report(environ: Mapping[str, str] = os.environ) -> list[tuple[str, str | None, str]]:
-    """Each setting's name, value and source. Never raises: it is what one looks at when a setting is wrong."""
+    """Returns each setting's name, value and source. Never raises: it is what one looks at when a setting is wrong."""
     return [_row(variable, environ) for variable in VARIABLES]
 
 
 def preload_names(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """What EMBEDDING_PRELOAD names, also where another setting is wrong."""
+    """Returns what EMBEDDING_PRELOAD names, also where another setting is wrong."""
     return _names(environ.get(f"{PREFIX}PRELOAD", ""))
 
 
 def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Variables that look like settings and are none: most often a typing mistake."""
+    """Returns variables that look like settings and are none: most often a typing mistake."""
     known = {variable.name for variable in VARIABLES}
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 

@@ -28,7 +28,7 @@ TOOLS = ("autoembed", "torch", "transformers", "sentence-transformers", "tokeniz
 
 @dataclass(frozen=True)
 class Added:
-    """`new` is false where the same content was there already."""
+    """A model that stands in the directory; `new` is false where the same content was there already."""
 
     manifest: Manifest
     folder: Path
@@ -44,7 +44,7 @@ def add_model(
     force: bool = False,
     origin: tuple[str, str | None] | None = None,
 ) -> Added:
-    """Copy, convert, try out and register a folder; `origin` is a source and its revision, if not the folder."""
+    """Copies, converts, tries out and registers a folder; `origin` is a source and its revision, if not the folder."""
     source = source.resolve()
     name = model_directory.check_name(name or source.name)
     layout = layouts.inspect(source, name)
@@ -97,7 +97,7 @@ def _copy(layout: Layout, stage: Path) -> None:
 
 
 def _make_readable(stage: Path) -> None:
-    """Whatever the umask: the server runs as another user."""
+    """Lets everybody read it, whatever the umask: the server runs as another user."""
     stage.chmod(0o755)
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
@@ -139,7 +139,7 @@ def _origin(layout: Layout, options: Options, origin: tuple[str, str | None]) ->
 
 
 def _same(folder: Path, origin: Origin) -> Manifest | None:
-    """The model that is there, if it was made from the same files in the same way and is intact."""
+    """Returns the model that is there, if it was made from the same files in the same way and is intact."""
     try:
         present = manifests.read(folder)
     except (FileNotFoundError, BadManifest):
@@ -150,7 +150,7 @@ def _same(folder: Path, origin: Origin) -> Manifest | None:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """One change at a time; whoever holds the lock clears what killed predecessors left."""
+    """Lets one change in at a time; whoever holds the lock clears what killed predecessors left."""
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         lock = (directory / LOCK).open("a")
@@ -178,6 +178,6 @@ def _put_in_place(stage: Path, folder: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Out of sight in one step; sessions that have its files mapped keep them."""
+    """Takes it out of sight in one step; sessions that have its files mapped keep them."""
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as grave:
         folder.rename(Path(grave) / folder.name)

@@ -26,7 +26,7 @@ KINDS = "sentence_transformers.models."
 
 @dataclass(frozen=True)
 class Options:
-    """How a folder becomes a model; None where the folder or a default decides."""
+    """Options say how a folder becomes a model; None where the folder or a default decides."""
 
     pooling: str | None = None
     normalize: bool | None = None
@@ -54,7 +54,7 @@ def check_options(layout: Layout, options: Options) -> None:
 
 
 def complete(layout: Layout, target: Path, options: Options) -> Notes:
-    """Make in `target`, which holds a copy of the files already, what the source lacks."""
+    """Makes in `target`, which holds a copy of the files already, what the source lacks."""
     notes = Notes()
     for module in layout.modules:
         if module.has_weights:
@@ -77,7 +77,7 @@ def _convert_weights(layout: Layout, path: str, target: Path, notes: Notes) -> N
 
 
 def _unpickled(files: Iterable[Path], name: str) -> dict[str, Tensor]:
-    """Tensors alone: `weights_only` refuses every pickle that would run code."""
+    """Loads tensors alone: `weights_only` refuses every pickle that would run code."""
     import torch
 
     weights: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def _unpickled(files: Iterable[Path], name: str) -> dict[str, Tensor]:
 
 
 def _save(weights: dict[str, Tensor], path: Path) -> None:
-    """Tied weights share memory, which safetensors refuses: each name gets its own copy."""
+    """Saves the tensors. Tied weights share memory, which safetensors refuses: each name gets its own copy."""
     from safetensors.torch import save_file
 
     save_file({key: tensor.detach().clone().contiguous() for key, tensor in weights.items()}, path, {"format": "pt"})

@@ -37,7 +37,7 @@ def repository(name: str) -> str:
 
 @contextmanager
 def download(name: str, revision: str | None) -> Iterator[Snapshot]:
-    """The model's files, for as long as the context lasts."""
+    """Keeps the model's files for as long as the context lasts."""
     with tempfile.TemporaryDirectory(prefix="autoembed-") as folder:
         try:
             snapshot = _fetch(repository(name), revision, Path(folder))
@@ -76,7 +76,7 @@ def _get(api: HfApi, repo: str, commit: str, folder: Path, files: list[str]) -> 
 
 
 def _is_small(file: str) -> bool:
-    """Everything but weights; at most one folder deep, where modules live, and no other framework's folder."""
+    """Tells whether it is no weights, one folder deep at most, where modules live, and of no other framework."""
     path = PurePosixPath(file)
     exports = ("onnx", "openvino")
     return len(path.parts) <= 2 and path.parts[0] not in exports and any(path.match(each) for each in SMALL_FILES)

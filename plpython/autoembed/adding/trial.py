@@ -62,7 +62,7 @@ def try_out(layout: Layout, folder: Path) -> Facts:
 
 
 def _check_weights(layout: Layout, folder: Path) -> None:
-    """transformers fills missing weights with random numbers and only logs it."""
+    """Refuses a model without some weights: transformers fills them with random numbers and only logs it."""
     from autoembed.process import environment
 
     environment.set_up_libraries()
@@ -78,7 +78,7 @@ def _check_weights(layout: Layout, folder: Path) -> None:
 
 
 def _sizes(layout: Layout, transformer: Any) -> tuple[int, int, int]:
-    """Dimensions, tokens and positions. The model's own limit can be more than it has positions for, or none at all."""
+    """Returns dimensions, tokens and positions. The model's own limit can exceed its positions, or be none at all."""
     own, positions = transformer.max_seq_length, layout.position_limit
     known = [int(limit) for limit in (own, positions) if limit is not None and limit < 10**9]
     if not known:
@@ -116,7 +116,7 @@ def _problem(layout: Layout, transformer: Any, dimensions: int, vectors: Any) ->
 
 
 def _keep_tokenizer(layout: Layout, transformer: Any) -> None:
-    """Where transformers adds tokens or steps from its other files to tokenizer.json, what comes of it."""
+    """Writes down what transformers makes of tokenizer.json where its other files add tokens or steps to it."""
     effective = json.loads(transformer.tokenizer.backend_tokenizer.to_str())
     published = layouts.read_json(layout.transformer / layouts.TOKENIZER, layout.name)
     for each in (effective, published):
@@ -126,7 +126,7 @@ def _keep_tokenizer(layout: Layout, transformer: Any) -> None:
 
 
 def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
-    """Why the packed encoder does not serve this model; empty where its vectors are sentence-transformers' own."""
+    """Returns why the packed encoder does not serve this model; '' where its vectors are sentence-transformers' own."""
     import numpy as np
 
     from autoembed.encoding.packed.encoder import Pipeline
@@ -144,7 +144,7 @@ def _packed_differs(layout: Layout, max_tokens: int, vectors: Any) -> str:
 
 
 def change_precision(layout: Layout, facts: Facts, precision: str) -> None:
-    """The weights in another precision, tried out against float32's vectors."""
+    """Writes the weights in another precision, and tries them out against float32's vectors."""
     import numpy as np
 
     from autoembed.encoding.packed import encoder as packed

@@ -95,7 +95,7 @@ def _doctor(_: argparse.Namespace) -> int:
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
-    """The dimension is the server's demand on the model that it uses, not on those that are kept."""
+    """Reads the settings. EMBEDDING_DIMENSIONS is a demand on the model that the server uses, not on others."""
     current = dataclasses.replace(settings.read(), dimensions=None)
     return dataclasses.replace(current, model_dir=parsed.dir.absolute()) if parsed.dir else current
 

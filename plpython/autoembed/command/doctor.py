@@ -84,7 +84,7 @@ def _computing(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Those that decide which precision is fast."""
+    """Returns those that decide which precision is fast."""
     try:
         found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -113,7 +113,7 @@ def _device(environ: Mapping[str, str]) -> Finding:
 
 
 def _settings(environ: Mapping[str, str]) -> list[Finding]:
-    """The environment of this command; the server's own is what the view embedding_settings shows."""
+    """Reports this command's environment; the server's own is what the view embedding_settings shows."""
     title = "Settings (of this command; the server's: select * from embedding_settings)"
     rows = settings.report(environ)
     unset = [name for name, _, source in rows if source == "default"]
@@ -146,7 +146,7 @@ def _models(environ: Mapping[str, str]) -> list[Finding]:
 
 
 def _reachable(directory: Path) -> list[Finding]:
-    """The server's user is another one: it needs to pass all folders above."""
+    """Looks at the folders above: the server's user is another one, and needs to pass all of them."""
     closed = [folder for folder in (directory, *directory.parents) if not folder.stat().st_mode & 0o001]
     advice = "The server's user must be able to get there: chmod o+x, or another EMBEDDING_MODEL_DIR."
     return [Finding("Models", WARNING, f"{folder} is closed to other users", advice) for folder in closed]
@@ -169,7 +169,7 @@ def _default_model(current: settings.Settings) -> Finding:
 
 
 def _missing(environ: Mapping[str, str]) -> list[AutoembedError]:
-    """What is wrong with the models that are to be preloaded."""
+    """Returns what is wrong with the models that are to be preloaded."""
     found = []
     for name in settings.preload_names(environ):
         try:
@@ -228,7 +228,7 @@ def _library(libraries: Path) -> Finding:
 
 
 def _servers(processes: Path = Path("/proc")) -> list[Finding]:
-    """The servers of this machine that this command's user may look into: what they preload."""
+    """Reports what the servers of this machine preload, as far as this command's user may look into them."""
     found = []
     for process in sorted(processes.glob("[0-9]*"), key=lambda process: int(process.name)):
         try:
@@ -254,7 +254,7 @@ def _program(process: Path) -> str:
 
 
 def _environment(process: Path) -> dict[str, str]:
-    """As it was when the process started."""
+    """Returns the environment as it was when the process started."""
     variables = (process / "environ").read_text(encoding="utf-8", errors="replace").split("\0")
     return {name: value for name, _, value in (variable.partition("=") for variable in variables) if name}
 

@@ -39,7 +39,7 @@ class Vector:
 
 @dataclass
 class Failure:
-    """Why a text has no vector: kind is 'encoder', 'vector' or 'memory'; the message never quotes the text."""
+    """Why a text has no vector is its `kind`: 'encoder', 'vector' or 'memory'. The message never quotes the text."""
 
     kind: str
     message: str
@@ -57,7 +57,7 @@ def encode_all(
     checkpoint: Callable[[], None],
     token_budget: int | None = None,
 ) -> list[Outcome]:
-    """A vector or a failure for each text, in order. Equal texts are encoded once, and have the very same outcome.
+    """Returns a vector or a failure for each text, in order. Equal texts are encoded once, and have the same outcome.
 
     `checkpoint` runs before every micro-batch and, where the encoder can be interrupted, within it. What it raises
     passes untouched, MemoryError excepted: a cancel is no text's fault.
@@ -69,7 +69,7 @@ def encode_all(
 
 
 class _Pace:
-    """How many tokens the next micro-batch may have, from how long the last ones took; padding counts."""
+    """Decides how many tokens the next micro-batch may have, from how long the last ones took; padding counts."""
 
     def __init__(self, budget: int, weights: int, *, adapts: bool) -> None:
         self.budget = budget
@@ -125,7 +125,7 @@ class _Batch:
             raise
 
     def _readable(self) -> Iterator[list[int]]:
-        """Portions for the tokenizer: by characters, and a text that it chokes on is found by halving."""
+        """Yields portions for the tokenizer, by characters; a text that it chokes on is found by halving."""
         portion: list[int] = []
         characters = 0
         for index, text in enumerate(self.texts):
@@ -150,7 +150,7 @@ class _Batch:
         return size
 
     def _cost(self, indexes: Sequence[int]) -> int:
-        """In tokens; a text that could not even be tokenized counts as one."""
+        """Returns their tokens; a text that could not even be tokenized counts as one."""
         lengths = [self.tokenized[index].length if index in self.tokenized else 1 for index in indexes]
         return len(lengths) * max(lengths) if self.encoder.pads else sum(lengths)
 
@@ -173,7 +173,7 @@ class _Batch:
     def _succeeding(
         self, indexes: Sequence[int], work: Callable[[Sequence[int]], dict[int, T]]
     ) -> Iterator[dict[int, T]]:
-        """Work on all, or on halves of what fails; a text that fails alone gets its failure."""
+        """Works on all, or on halves of what fails; a text that fails alone gets its failure."""
         stack = [indexes] if indexes else []
         freed: set[int] = set()
         while stack:
@@ -203,7 +203,7 @@ class _Batch:
                 stack += [part[middle:], part[:middle]]
 
     def _failure(self, error: BaseException) -> Failure:
-        """The text's failure, once a plain word shows that the encoder itself still works."""
+        """Returns the text's failure, once a plain word shows that the encoder itself still works."""
         try:
             self.checkpoint()
             self.encoder.encode(self.encoder.tokenize([PLAIN_WORD]), self.checkpoint)
@@ -218,7 +218,7 @@ class _Batch:
 
 
 def _is_fault(error: BaseException) -> bool:
-    """A panic in the tokenizer's Rust code is no Exception, and its message may quote the text."""
+    """Tells a fault from a cancel. A panic in Rust code is no Exception, and its message may quote the text."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 

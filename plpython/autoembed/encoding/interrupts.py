@@ -9,7 +9,7 @@ CHECKPOINT_SECONDS = 0.2
 
 
 def nothing() -> None:
-    """The checkpoint of a caller whom nobody interrupts."""
+    """Does nothing: the checkpoint of a caller whom nobody interrupts."""
 
 
 class Sparse:

@@ -14,7 +14,7 @@ from autoembed.settings import Settings
 @signals.kept()
 @memory.uncollected()
 def load_encoder(model: Model, settings: Settings) -> Encoder:
-    """Check the files, then load the weights: seconds, and hundreds of megabytes."""
+    """Checks the files, then loads the weights: that takes seconds, and hundreds of megabytes."""
     if settings.max_memory_mb is not None and model.bytes > settings.max_memory_mb * MEGABYTE:
         needs = (
             f"its weights take {model.bytes // MEGABYTE} MB, and EMBEDDING_MAX_MEMORY_MB is {settings.max_memory_mb}"

@@ -51,13 +51,13 @@ class Encoder(Protocol):
     def tokenize(
         self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
     ) -> list[Tokenized]:
-        """What it raises is the texts' fault or a lack of memory. A long text takes many steps, with checkpoints."""
+        """Tokenizes. What it raises is the texts' fault or a lack of memory; long texts have checkpoints."""
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
-        """One micro-batch in one forward pass: (texts, dimensions). What it raises is as above."""
+        """Encodes one micro-batch in one forward pass: (texts, dimensions). What it raises is as above."""
 
     def use_threads(self, fixed: int | None) -> None:
-        """From now on; None leaves their number to the encoder. A model preloaded before a fork was loaded with one."""
+        """Sets their number; None leaves it to the encoder. A model preloaded before a fork was loaded with one."""
 
     def free_memory(self) -> None:
         """Frees the memory that only encoding needs."""

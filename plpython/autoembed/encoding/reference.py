@@ -27,7 +27,7 @@ GPU_BATCH = (128, 32768)
 
 
 def open_folder(folder: Path, device: str) -> Any:
-    """A SentenceTransformer from local files: float32, safetensors only, none of the model's own code."""
+    """Opens a SentenceTransformer from local files: float32, safetensors only, none of the model's own code."""
     try:
         environment.set_up_libraries()
         import torch
@@ -45,7 +45,7 @@ def open_folder(folder: Path, device: str) -> Any:
 
 
 def encode_texts(transformer: Any, texts: Sequence[str], prompt: str = "") -> Any:
-    """One forward pass. The prompt is always given: an empty one keeps the model's default prompt away."""
+    """Makes one forward pass. The prompt is always given: an empty one keeps the model's default prompt away."""
     return transformer.encode(
         list(texts), prompt=prompt, batch_size=len(texts), show_progress_bar=False, convert_to_numpy=True
     )
@@ -96,7 +96,7 @@ class StEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def move(self, device: str) -> None:
-        """To another device: what the postmaster has preloaded goes there after the fork."""
+        """Moves the weights to another device: what the postmaster has preloaded goes there after the fork."""
         self._transformer.to(device)
         self._settle(device)
 
@@ -115,7 +115,7 @@ class StEncoder:
         self._release()
 
     def _release(self) -> None:
-        """Give a device's memory back: its allocator keeps what a failed pass took."""
+        """Gives a device's memory back: its allocator keeps what a failed pass took."""
         memory.trim()
         if self.device == "cuda":
             import torch

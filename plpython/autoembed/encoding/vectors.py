@@ -17,7 +17,7 @@ NORM_TOLERANCE = 1e-3
 
 
 def to_text(vector: NDArray[np.float32]) -> str:
-    """pgvector's text form; each number is the shortest that reads back as the same float32."""
+    """Returns pgvector's text form; each number is the shortest that reads back as the same float32."""
     import numpy as np
     import orjson
 
@@ -26,7 +26,7 @@ def to_text(vector: NDArray[np.float32]) -> str:
 
 
 def problem(vector: NDArray[np.float32], model: Model) -> str | None:
-    """Why this vector must not be written, or None."""
+    """Returns why this vector must not be written, or None."""
     import numpy as np
 
     if vector.shape != (model.dimensions,):

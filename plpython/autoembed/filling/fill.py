@@ -172,7 +172,7 @@ class Filler:
         self.database.commit()
 
     def abandon(self, found: Candidates, error: BaseException) -> None:
-        """After an error: nothing half-written, no inflight row, no lock left in a pooled session.
+        """Leaves nothing half-written after an error, no inflight row, and no lock in a pooled session.
 
         The locks are given back even where the row cannot be deleted (a full disk, a transaction that became
         read-only): a row whose lock is free blames nobody. The error on its way is the one that the user is told.

@@ -20,7 +20,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Keys that seem pending, and every lock that claiming them may take; how many rows were looked at for them."""
+    """Keys that seem pending, every lock that claiming them may take, and how many rows were looked at for them."""
 
     keys: list[str]
     locks: list[int]
@@ -31,7 +31,7 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Where a call begins: behind a long stretch of rows that are `held` back, or else of rows that were filled."""
+    """The key at which a call begins: behind a long stretch of rows that are `held` back, or else that were filled."""
 
     key: str
     held: bool
@@ -73,7 +73,7 @@ class BatchResult:
 
 @dataclass
 class Totals:
-    """What a call came to; `skipped` rows were claimed and come again: changed, deleted or locked meanwhile."""
+    """How many rows a call has handled; `skipped` ones come again: they were changed, deleted or locked meanwhile."""
 
     embedded: int = 0
     failed: int = 0
@@ -92,7 +92,7 @@ class Totals:
 
 @dataclass
 class Limits:
-    """Where a call ends; `seconds` counts from its making."""
+    """The rows and the seconds after which a call ends; they count from the making of this."""
 
     rows: int | None = None
     seconds: int | None = None

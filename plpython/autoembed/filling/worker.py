@@ -42,7 +42,7 @@ def sleep(database: Connection, seconds: float) -> None:
 
 @dataclass
 class Turn:
-    """When a column may have its next turn: it pauses until `pause_ends`; from `sweep_due` on it needs no look.
+    """A column's next turn: the column pauses until `pause_ends`; from `sweep_due` on it needs no look.
 
     While it pauses, only rows count that the snapshot `seen` of its last turn does not show; while it is in trouble,
     none does.

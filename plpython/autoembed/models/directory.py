@@ -41,7 +41,7 @@ def check_name(name: str) -> str:
 
 
 def find(settings: Settings, name: str | None = None) -> Model:
-    """The model of this name, or the default one."""
+    """Returns the model of this name, or the default one."""
     if name is None and not (settings.model_dir / default_name(settings)).is_dir():
         raise NoDefaultModel(name=default_name(settings), directory=settings.model_dir, hint=_way_out(settings))
     name = check_name(name) if name is not None else default_name(settings)
@@ -55,7 +55,7 @@ def find(settings: Settings, name: str | None = None) -> Model:
 
 
 def default_name(settings: Settings) -> str:
-    """EMBEDDING_MODEL_NAME; unset, the only model that is there."""
+    """Returns EMBEDDING_MODEL_NAME; unset, the only model that is there."""
     if settings.model_name is not None:
         return check_name(settings.model_name)
     names = registered(settings.model_dir)
@@ -71,7 +71,7 @@ def catalog(settings: Settings) -> list[Entry]:
 
 
 def status(folder: Path, manifest: Manifest) -> str:
-    """'ready', or 'broken: why', as far as a look at the files tells; hashes are for `verify`."""
+    """Returns 'ready', or 'broken: why', as far as a look at the files tells; hashes are for `verify`."""
     try:
         _check_presence(folder, manifest, folder.name)
         _check_strangers(folder, manifest, folder.name)
@@ -84,7 +84,7 @@ def status(folder: Path, manifest: Manifest) -> str:
 
 
 def verify(model: Model) -> None:
-    """Hash every file against the manifest; then renew the stamps where the manifest can be written."""
+    """Hashes every file against the manifest; then renews the stamps where the manifest can be written."""
     manifest = _manifest(model.path, model.name, model.path.parent)
     _check_strangers(model.path, manifest, model.name)
     found = _describe(model.path, manifest, model.name)
@@ -96,7 +96,7 @@ def verify(model: Model) -> None:
 
 
 def check_files(model: Model) -> None:
-    """As `verify`, but a file whose stamp is still the recorded one is taken as unchanged."""
+    """Does as `verify` does, but takes a file whose stamp is still the recorded one as unchanged."""
     manifest = _manifest(model.path, model.name, model.path.parent)
     _check_strangers(model.path, manifest, model.name)
     for name, file in manifest.files.items():
@@ -105,7 +105,7 @@ def check_files(model: Model) -> None:
 
 
 def look(model: Model) -> list[str]:
-    """As `check_files`, but in milliseconds: large files whose stamps differ are named instead of hashed."""
+    """Does as `check_files` does, but in milliseconds: it names large files whose stamps differ, and hashes none."""
     manifest = _manifest(model.path, model.name, model.path.parent)
     _check_strangers(model.path, manifest, model.name)
     unsure = []
@@ -121,7 +121,7 @@ def look(model: Model) -> list[str]:
 
 
 def _folders(directory: Path) -> Iterator[Path]:
-    """Folders that can be models, by name; the hidden ones are additions under way."""
+    """Returns the folders that can be models, by name; the hidden ones are additions under way."""
     try:
         found = sorted(folder for folder in directory.iterdir() if not folder.name.startswith("."))
     except FileNotFoundError:
@@ -218,7 +218,7 @@ def _check_presence(folder: Path, manifest: Manifest, name: str) -> None:
 
 
 def _check_strangers(folder: Path, manifest: Manifest, name: str) -> None:
-    """A file too many changes a model as well: adapters and other weights are picked up by their mere presence."""
+    """Refuses a file too many: adapters and other weights are picked up by their mere presence."""
     for file in manifests.paths(folder):
         if file not in manifest.files:
             raise ChangedModel(name=name, file=file, change="was not there")

@@ -84,7 +84,7 @@ class Layout:
 
     @property
     def position_limit(self) -> int | None:
-        """The most tokens that the model has positions for; None where positions are relative."""
+        """Returns the most tokens that the model has positions for; None where positions are relative."""
         positions = self.config.get("max_position_embeddings")
         if not isinstance(positions, int) or positions < 1:
             return None
@@ -117,7 +117,7 @@ def read_json(path: Path, name: str) -> Any:
 
 
 def choose_weights(names: Iterable[str]) -> list[str]:
-    """One directory's weights: safetensors if there are any, else pickles, else nothing."""
+    """Returns one directory's weights: safetensors if there are any, else pickles, else nothing."""
     names = sorted(names)
     safe = [name for name in names if SAFETENSORS.fullmatch(name)]
     if "model.safetensors" in safe:
@@ -138,7 +138,7 @@ def is_pickled(file: str) -> bool:
 
 
 def needed_files(layout: Layout) -> list[str]:
-    """What the model is made of, relative to its folder: no code, no other frameworks' weights."""
+    """Returns what the model is made of, relative to its folder: no code, no other frameworks' weights."""
     found = {file for pattern in ROOT_FILES for file in _matching(layout.folder, "", pattern)}
     for module in layout.modules:
         patterns = TRANSFORMER_FILES if module.kind == "Transformer" else MODULE_FILES
@@ -149,7 +149,7 @@ def needed_files(layout: Layout) -> list[str]:
 
 
 def prompts(folder: Path, name: str) -> tuple[dict[str, str], str | None]:
-    """The model's prompts and its default prompt's name. `query` and `document` are always there."""
+    """Returns the model's prompts and its default prompt's name. `query` and `document` are always there."""
     path = folder / "config_sentence_transformers.json"
     config = read_json(path, name) if path.is_file() else {}
     named = {key: text or "" for key, text in (config.get("prompts") or {}).items()}
@@ -192,7 +192,7 @@ def _module(kind: str, path: str, name: str) -> Module:
 
 
 def _is_known_path(package: str) -> bool:
-    """The packages, old and new, that sentence-transformers writes for its own modules."""
+    """Knows the packages, old and new, that sentence-transformers writes for its own modules."""
     return (
         re.fullmatch(r"sentence_transformers\.(models|((base|sentence_transformer)\.)?modules)(\.\w+)?", package)
         is not None

@@ -24,7 +24,7 @@ class BadManifest(Exception):
 
 @dataclass(frozen=True)
 class Stamp:
-    """What changes when a file changes, as in git's index: equal stamps spare hashing hundreds of megabytes."""
+    """A Stamp changes when its file does, as in git's index: equal stamps spare hashing hundreds of megabytes."""
 
     size: int
     inode: int
@@ -45,7 +45,7 @@ class File:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model came from: the hashes tell whether the same thing is added again."""
+    """An Origin says where a model came from: the hashes tell whether the same thing is added again."""
 
     source: str
     revision: str | None
@@ -79,7 +79,7 @@ class Manifest:
         return sum(file.stamp.size for name, file in self.files.items() if name.endswith(".safetensors"))
 
     def fingerprint(self, max_tokens: int) -> str:
-        """SHA-256 over all that decides a vector."""
+        """Returns a SHA-256 over all that decides a vector."""
         decides = {
             "files": {name: file.sha256 for name, file in self.files.items() if name not in DOCUMENTS},
             "precision": self.precision,
@@ -92,7 +92,7 @@ class Manifest:
 
 
 def read(folder: Path) -> Manifest:
-    """Raises FileNotFoundError, BadManifest, or another OSError."""
+    """Reads the manifest. Raises FileNotFoundError, BadManifest, or another OSError."""
     try:
         content = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except ValueError:
@@ -114,7 +114,7 @@ def _from_json(content: dict[str, Any]) -> Manifest:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Atomically, so that no reader ever sees half of it."""
+    """Writes it atomically, so that no reader ever sees half of it."""
     content = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=2, ensure_ascii=False) + "\n"
     temporary = folder / f".{FILE}.{os.getpid()}"
     try:
@@ -126,7 +126,7 @@ def write(folder: Path, manifest: Manifest) -> None:
 
 
 def paths(folder: Path) -> Iterator[str]:
-    """All files of a model, relative to its folder, without the manifest itself."""
+    """Returns all files of a model, relative to its folder, without the manifest itself."""
     for directory, _, names in os.walk(folder):
         for name in names:
             relative = (Path(directory) / name).relative_to(folder).as_posix()
@@ -143,7 +143,7 @@ def sha256(path: Path) -> str:
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, File]:
-    """Hash and stamp files; the stamp is taken first, so that a change during hashing shows later."""
+    """Hashes and stamps files; the stamp is taken first, so that a change during hashing shows later."""
     files = {}
     for name in sorted(names):
         stamp = Stamp.of(folder / name)

@@ -18,7 +18,7 @@ NEEDED = {
 
 
 def flags(file: Path = CPUINFO) -> frozenset[str]:
-    """Linux names them `flags` on x86 and `Features` on ARM."""
+    """Returns the processor's, which Linux names `flags` on x86 and `Features` on ARM."""
     if not file.exists():
         return frozenset()
     found = (line.partition(":") for line in file.read_text().splitlines())
@@ -28,7 +28,7 @@ def flags(file: Path = CPUINFO) -> frozenset[str]:
 
 
 def lacks(precision: str) -> str | None:
-    """Why this precision would be slower here than float32, or None."""
+    """Returns why this precision would be slower here than float32, or None."""
     needed = NEEDED[precision]
     if not needed or needed & flags():
         return None
@@ -37,13 +37,13 @@ def lacks(precision: str) -> str | None:
 
 
 def blas(maps: Path = Path("/proc/self/maps")) -> str | None:
-    """The system's BLAS, by its file, if that is what torch was linked to; None where torch carries one of its own."""
+    """Returns the file of the system's BLAS, if that is what torch was linked to; None where torch carries its own."""
     lines = maps.read_text().splitlines() if maps.exists() else []
     return min((line.split()[-1] for line in lines if "/libblas.so" in line), default=None)
 
 
 def matmul_gflops(size: int = 768) -> float:
-    """The best of three float32 products, after one to warm up."""
+    """Returns the speed of the best of three float32 products, after one to warm up."""
     import torch
 
     left, right = torch.rand(size, size), torch.rand(size, size)

@@ -22,7 +22,7 @@ def available(device: str) -> bool:
 
 
 def name_of(device: str) -> str:
-    """For people: the device with its hardware's name."""
+    """Returns for people the device with its hardware's name."""
     import torch
 
     if device != "cuda":

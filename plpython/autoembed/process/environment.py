@@ -25,7 +25,7 @@ def set_environment() -> None:
 
 
 def set_up_libraries() -> None:
-    """Call this before transformers or sentence_transformers is imported: both read the environment only then."""
+    """Comes before the import of transformers or sentence_transformers: both read the environment only then."""
     set_environment()
     import tqdm
 

@@ -19,8 +19,10 @@ def trim() -> None:
 
 
 def free_mkl() -> None:
-    """MKL keeps a buffer for each size and thread of the products that it has computed. It is a part of torch's own
-    library, where torch has it at all."""
+    """Frees what MKL keeps: a buffer for each size and thread of the products that it has computed.
+
+    It is a part of torch's own library, where torch has it at all.
+    """
     torch = sys.modules.get("torch")
     library = Path(str(torch.__file__)).with_name("lib") / "libtorch_cpu.so" if torch else None
     if library is not None and library.exists():
@@ -31,8 +33,11 @@ def free_mkl() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """No search for garbage: while libraries are imported some hundred thousand objects come that all stay, and to look
-    through them again and again takes a tenth of the time."""
+    """Searches for no garbage meanwhile.
+
+    As libraries are imported some hundred thousand objects come that all stay, and to look through them again and again
+    takes a tenth of the time.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -16,7 +16,7 @@ ROOM = 1024  # for any system's struct sigaction
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Afterwards all handlers are what they were before. Python itself cannot see those that C has set."""
+    """Sets all handlers back afterwards to what they were. Python itself cannot see those that C has set."""
     sigaction = ctypes.CDLL(None).sigaction
     handlers = {number: ctypes.create_string_buffer(ROOM) for number in signal.valid_signals()}
     for number, handler in handlers.items():

@@ -35,7 +35,7 @@ class Policy:
         self.looked = self._look()
 
     def threads(self, tokens: int) -> int:
-        """For a micro-batch of so many tokens."""
+        """Returns how many serve a micro-batch of so many tokens."""
         if self.fixed is not None:
             return self.fixed
         if tokens * self.weights <= WORK_FOR_ONE:
@@ -54,7 +54,7 @@ class Policy:
 
 
 def running() -> int:
-    """Tasks that run or wait for a core, this one among them; 1 where the kernel does not say.
+    """Returns how many tasks run or wait for a core, this one among them; 1 where the kernel does not say.
 
     The least of some samples: threads that fall asleep, ours among them, are no load.
     """
@@ -67,14 +67,14 @@ def running() -> int:
 
 
 def cores() -> int:
-    """Those that this process may use: fewer than the machine has under an affinity mask or a container's quota."""
+    """Returns what this process may use: fewer than the machine has under an affinity mask or a container's quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
     return max(1, min(allowed, round(quota))) if quota else allowed
 
 
 def meter() -> Callable[[], float]:
-    """Seconds of all processes that share our cores: the container's where it has a quota, else those of our cores."""
+    """Returns the seconds of all processes that share our cores: the container's if it has a quota, else our cores'."""
     if _quota():
         return _container_seconds
     if STAT.exists():
@@ -85,8 +85,11 @@ def meter() -> Callable[[], float]:
 
 
 def _core_seconds(names: set[str], tick: int) -> float:
-    """All columns of /proc/stat but idle, iowait, what guests took, which is counted as user time already, and what the
-    host stole, which grows with our own demand."""
+    """Returns what these cores were busy: all columns of /proc/stat but four.
+
+    Those are idle and iowait, what guests took, which is counted as user time already, and what the host stole, which
+    grows with our own demand.
+    """
     lines = (line.split() for line in STAT.read_text().splitlines())
     busy = sum(sum(map(int, [*line[1:4], *line[6:8]])) for line in lines if line and line[0] in names)
     return busy / tick
@@ -98,7 +101,7 @@ def _container_seconds() -> float:
 
 
 def _quota() -> float | None:
-    """Cores by the container's cpu.max (Linux, cgroup v2), or None."""
+    """Returns the cores by the container's cpu.max (Linux, cgroup v2), or None."""
     try:
         quota, period = (CGROUP / "cpu.max").read_text().split()
     except (OSError, ValueError):

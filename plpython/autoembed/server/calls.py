@@ -51,7 +51,7 @@ def check_workers(workers: int | None) -> int:
 
 @contextmanager
 def committing(database: SessionDatabase, procedure: str, when: str = "after each batch") -> Iterator[None]:
-    """Step 0: a bare commit, before anything is claimed; read committed from here to the end."""
+    """Commits bare before anything is claimed, and stays at read committed to the end."""
     if database.value("select pg_catalog.pg_is_in_recovery()"):
         raise Refusal(f"{procedure} cannot fill a standby", "25006", "Run it on the primary.")
     isolation = str(database.value("select pg_catalog.current_setting('default_transaction_isolation')"))
@@ -126,7 +126,7 @@ class FillCall:
 
     @contextmanager
     def freeing_memory(self) -> Iterator[None]:
-        """At a call's end, however it came: only one that encoded has something to give back."""
+        """Frees memory at the call's end, however it came: only one that encoded has some."""
         try:
             yield
         finally:
@@ -135,9 +135,9 @@ class FillCall:
 
     @contextmanager
     def place(self, workers: int) -> Iterator[bool]:
-        """Takes one of as many places, if one is free, and gives back whichever of them this session holds in the end:
+        """Takes one of as many places, if one is free.
 
-        a cancel may have come as one was taken.
+        In the end whichever of them this session holds is released: a cancel may have come as one was taken.
         """
         places = self.database.value("select autoembed.own_places($1)", ["int4"], [workers])
         try:
@@ -241,7 +241,7 @@ def wait(database: SessionDatabase, relation: str | None, timeout: str | None) -
 
 
 def wait_until(database: SessionDatabase, oid: int, relation: str, end: float) -> None:
-    """Asleep it holds no snapshot: what it waits for would be vacuumed in vain."""
+    """Looks again and again; asleep it holds no snapshot: what it waits for would be vacuumed in vain."""
     interval = SHORTEST
     while True:
         left = database.row("select * from autoembed.outstanding($1)", ["oid"], [oid])

@@ -156,7 +156,7 @@ class SessionDatabase:
         self.execute("select autoembed.lock_column($1::autoembed.column_sql)", ["text"], [column.column_sql])
 
     def sqlstate(self, error: Exception) -> str:
-        """Of one that it does not know, a trigger's own, PL/Python has the number alone (elog.h: MAKE_SQLSTATE)."""
+        """Returns an error's; PL/Python has only the number of one that a trigger made up (elog.h: MAKE_SQLSTATE)."""
         known = getattr(error, "sqlstate", None)
         if known is not None:
             return str(known)
@@ -164,7 +164,7 @@ class SessionDatabase:
         return "".join(chr((details[0] >> 6 * digit & 63) + 48) for digit in range(5)) if details else "XX000"
 
     def constraint(self, error: Exception) -> str | None:
-        """Its constraint, where there is one of that name: a trigger can name anything (USING CONSTRAINT = …)."""
+        """Returns an error's, if there is one of that name: a trigger can name any (USING CONSTRAINT = …)."""
         details = getattr(error, "spidata", None)
         name = details[-1] if details else None
         if name is None or not self.value("select autoembed.is_constraint($1)", ["text"], [name]):
@@ -175,7 +175,7 @@ class SessionDatabase:
         self.plpy.execute("select 1")
 
     def check_encoding(self) -> None:
-        """The same amid a pass, without a commit: as in `Filler.checkpoint`."""
+        """Lets a cancel through amid a pass, without a commit: as in `Filler.checkpoint`."""
         try:
             self.check_interrupts()
         except self.plpy.SPIError as error:

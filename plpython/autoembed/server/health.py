@@ -50,7 +50,7 @@ def check_all(gd: dict[str, Any], environ: Mapping[str, str] = os.environ) -> di
 
 
 def made(check: Callable[..., Check], *arguments: Any) -> Check:
-    """Whatever a check runs into, the others are made."""
+    """Makes a check; whatever it runs into, the others are made."""
     try:
         return check(*arguments)
     except AutoembedError as error:
@@ -60,7 +60,7 @@ def made(check: Callable[..., Check], *arguments: Any) -> Check:
 
 
 def default_model(environ: Mapping[str, str]) -> tuple[Settings | None, Model | None]:
-    """As far as there are any; what is wrong with them is for check_model to say."""
+    """Returns both as far as there are any; what is wrong with them is for check_model to say."""
     try:
         current = settings.read(environ)
         return current, directory.find(current)
@@ -116,7 +116,7 @@ def check_torch() -> Check:
 
 
 def one_core_gflops() -> float:
-    """Two threads on busy cores would wait for each other for longer than all of it takes."""
+    """Measures one: two threads on busy cores would wait for each other for longer than all of it takes."""
     import torch
 
     threads = torch.get_num_threads()

@@ -64,7 +64,7 @@ class Immediate:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
 
     def reason(self, error: Exception) -> str:
-        """Never the error's own message: a trigger's may quote the row."""
+        """Says what refused the vectors. Never the error's own message: a trigger's may quote the row."""
         constraint = self.database.constraint(error)
         refused = f": constraint {constraint} refused the vector" if constraint else ""
         return f"{refused} (SQLSTATE {self.database.sqlstate(error)})"

@@ -42,7 +42,7 @@ class LoadedModel:
 
 
 class LoadedModels:
-    """By name, the least recently used first. Preloaded models are the postmaster's: they take no room here."""
+    """A session's, by name, the least recently used first. Shared ones are the postmaster's: they take no room here."""
 
     def __init__(self, gd: dict[str, Any], status: StatusFile) -> None:
         self.gd = gd

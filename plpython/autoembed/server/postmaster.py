@@ -40,7 +40,7 @@ Say = Callable[[str], object]
 
 
 def start(gd: dict[str, Any], log: Say, warn: Say, api_version: int) -> None:
-    """Load what EMBEDDING_PRELOAD names. What cannot be loaded is a warning: the server starts all the same."""
+    """Loads what EMBEDDING_PRELOAD names. What cannot be loaded is a warning: the server starts all the same."""
     if api_version != API_VERSION:
         raise ApiMismatch(sql=api_version, package=API_VERSION)
     started = time.monotonic()
@@ -93,7 +93,7 @@ def import_torch(loaded: Preloaded) -> None:
 
 
 def load_warm(model: Model, wanted: Settings, device: str) -> Encoder:
-    """On the CPU, the encoder that runs on the device. A first text leaves behind what libraries import with it."""
+    """Loads on the CPU the encoder that runs on the device, and encodes a first text: libraries import more with it."""
     if device == "cpu":
         encoder = load_encoder(model, wanted)
     else:
@@ -111,7 +111,7 @@ def load_warm(model: Model, wanted: Settings, device: str) -> Encoder:
 
 
 def backends_device(wanted: str) -> str:
-    """Which device the backends will use. CUDA does not survive a fork: a child asks for it."""
+    """Returns the device that the backends will use. CUDA does not survive a fork: a child asks for it."""
     import torch
 
     if torch.version.cuda is None and torch.version.hip is None:
@@ -131,7 +131,7 @@ def backends_device(wanted: str) -> str:
 
 
 def collapse() -> None:
-    """Into huge pages, where the kernel can (Linux 6.1). A fork copies an entry for each page, a connection forks."""
+    """Collapses memory into huge pages, if the kernel can (Linux 6.1): a connection's fork copies an entry a page."""
     madvise = getattr(ctypes.CDLL(None), "madvise", None)
     if madvise is None:
         return
@@ -140,7 +140,7 @@ def collapse() -> None:
 
 
 def heaps() -> Iterator[tuple[int, int]]:
-    """This process's own memory, as whole huge pages."""
+    """Yields this process's own memory, as whole huge pages."""
     maps = PROCESS / "maps"
     for fields in map(str.split, maps.read_text().splitlines() if maps.exists() else ()):
         if fields[1] == "rw-p" and (len(fields) == 5 or fields[5] == "[heap]"):

@@ -20,7 +20,7 @@ VARIABLE = "EMBEDDING_PRELOAD"
 
 @dataclasses.dataclass
 class Preloaded:
-    """What the postmaster has loaded, and why not what it has not. `threads` is what torch would use by itself."""
+    """The models that the postmaster has loaded, and why not others. `threads` is what torch would use by itself."""
 
     postmaster: int
     threads: int = 1
@@ -40,7 +40,7 @@ def take(gd: dict[str, Any], model: Model, current: Settings) -> Encoder | None:
 
 
 def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | None:
-    """Threads and devices begin after the fork."""
+    """Gives the encoder threads and its device, which begin after the fork."""
     import torch
 
     torch.set_num_threads(current.threads or loaded.threads)
@@ -58,7 +58,7 @@ def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | No
 
 
 def annotate(gd: dict[str, Any], rows: Sequence[tuple[str, str | None, str]]) -> list[tuple[str, str | None, str]]:
-    """The settings as they are reported, and of EMBEDDING_PRELOAD what came of it."""
+    """Adds to the reported settings what came of EMBEDDING_PRELOAD."""
     return [
         (name, value, f"{source}; {report(gd)}" if name == VARIABLE and value else source)
         for name, value, source in rows

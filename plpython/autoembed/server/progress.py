@@ -15,7 +15,7 @@ COUNTED = 100_000
 
 
 class Progress:
-    """A NOTICE when a person would wonder: after a second, then every five."""
+    """Sends a NOTICE when a person would wonder: after a second, then every five."""
 
     def __init__(self, plpy: Any, database: SessionDatabase) -> None:
         self.plpy = plpy

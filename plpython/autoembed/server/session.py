@@ -109,7 +109,7 @@ class Session:
 
     @interface
     def list_sessions(self) -> list[dict[str, Any]]:
-        """Those that the current user may look into, memory and all."""
+        """Returns what the sessions have loaded that the current user may look into."""
         visible = {row["pid"] for row in self.database.execute("select autoembed.visible_pids() as pid")}
         return status_file.sessions(visible)
 

@@ -62,7 +62,7 @@ def pack(entries: list[dict[str, Any]]) -> bytes:
 
 
 def unpack(page: bytes) -> list[dict[str, Any]] | None:
-    """None where the page is not whole: its owner is writing it."""
+    """Returns a page's entries; None where it is not whole: its owner is writing it."""
     if len(page) < HEAD.size:
         return None
     length, checksum = HEAD.unpack_from(page)
@@ -83,7 +83,7 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 
 
 def pages(directory: Path = DIRECTORY) -> Iterator[tuple[int, Path]]:
-    """Of living processes, with their pids; the others' are removed on the way."""
+    """Yields those of living processes, with their pids; the others' are removed on the way."""
     for path in directory.glob(f"{PREFIX}.*"):
         with suppress(OSError, ValueError):
             pid = int(path.name.split(".")[1])
@@ -114,7 +114,7 @@ def name_of(pid: int) -> str:
 
 
 def started(pid: int) -> str:
-    """In ticks since boot; empty where the system does not tell, 'gone' where there is no such process."""
+    """Returns ticks since boot; '' where the system does not tell, 'gone' where there is no such process."""
     try:
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
@@ -128,7 +128,7 @@ def started(pid: int) -> str:
 
 
 def memory_of(pid: int) -> tuple[int | None, int | None]:
-    """Bytes that the process has for itself alone, and those that it shares or could read again from a file."""
+    """Returns the bytes that are the process's alone, and those that it shares or could read again from a file."""
     try:
         lines = (PROC / str(pid) / "smaps_rollup").read_text().splitlines()[1:]
     except OSError:

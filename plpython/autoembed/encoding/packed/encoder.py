@@ -38,7 +38,7 @@ LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, Safetenso
 
 
 class Pipeline:
-    """A folder's tokenizer, network and head; UnsupportedNetwork where only sentence-transformers computes it."""
+    """A folder's tokenizer, network and heads; UnsupportedNetwork where only sentence-transformers computes it."""
 
     def __init__(self, layout: Layout, max_tokens: int, precision: str) -> None:
         shape = Shape.of(layout.config)
@@ -57,7 +57,7 @@ class Pipeline:
 
 
 class PackedEncoder:
-    """On the CPU. A micro-batch's texts stand one after another: its cost is the sum of their tokens."""
+    """Encodes on the CPU. A micro-batch's texts stand one after another: its cost is the sum of their tokens."""
 
     device = "cpu"
     max_texts = MAX_TEXTS
@@ -117,7 +117,7 @@ class PackedEncoder:
 
 
 def convert_weights(layout: Layout, precision: str, texts: Sequence[Tokenized]) -> None:
-    """Write the weights of a precision, ready to be mapped and so shared by all processes, in place of the published.
+    """Writes the weights of a precision, ready to be mapped and so shared by all processes, in place of the published.
 
     Raises UnsupportedNetwork for a model that the packed encoder does not serve.
     """
@@ -147,7 +147,7 @@ NETWORKS: dict[str, Callable[[Shape, Mapping[str, Tensor]], Network]] = {
 
 
 def mapped(folder: Path, converted: str | None = None) -> Mapping[str, Tensor]:
-    """A folder's tensors by name, as their file is mapped: they cost memory when they are read, and all share it."""
+    """Maps a folder's tensors, by name: they cost memory when they are read, and all processes share it."""
     tensors: dict[str, Tensor] = {}
     for name in [converted] if converted else layouts.choose_weights(file.name for file in folder.iterdir()):
         if name.endswith(".safetensors"):

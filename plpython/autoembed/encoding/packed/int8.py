@@ -63,7 +63,7 @@ class Weight(NamedTuple):
 
 
 def quantize(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> dict[str, Tensor]:
-    """What `model add` writes in place of the weights: all matrix products in bytes, anything else as it is.
+    """Returns what `model add` writes in place of the weights: all matrix products in bytes, anything else as it is.
 
     Raises UnsupportedNetwork where that is not computed.
     """
@@ -79,7 +79,7 @@ def quantize(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> 
 
 
 def quantized(weight: Tensor, bias: Tensor, largest: Tensor) -> Weight:
-    """`largest` is what each input has been seen to be at most."""
+    """Returns a weight in bytes; `largest` is what each input has been seen to be at most."""
     places = largest.topk(OUTLIERS).indices.sort().values
     outliers = weight[:, places].t().contiguous()
     rest = weight.index_fill(1, places, 0.0)
@@ -96,7 +96,7 @@ def check(shape: Shape) -> None:
 
 
 def check_weight(weight: Weight, inputs: int) -> None:
-    """int8.c takes these shapes for granted, and would write where `places` say."""
+    """Checks what int8.c takes for granted: it would write wherever `places` say."""
     outputs = weight.outputs
     expected = ((outputs, inputs), (outputs,), (outputs,), (outputs,), (OUTLIERS, outputs), (OUTLIERS,))
     types = (torch.int8, *[torch.float32] * 4, torch.int64)
@@ -125,7 +125,7 @@ class Watched:
 
 
 def watch(network: Network, texts: Packed) -> list[list[Tensor]]:
-    """The largest of each input of each layer's products. The network is good for nothing else afterwards."""
+    """Returns the largest of each input of each layer's products. The network is good for nothing else afterwards."""
     products = []
     for layer in network.layers:
         watched = [Watched(linear) for linear in (layer.joined, layer.output, layer.up, layer.down)]
@@ -152,7 +152,7 @@ class QuantizedLayer:
         self.norm = Norm(weights, names.norm, shape.epsilon)
 
     def __call__(self, tokens: Tensor, rows: Rows, attend: AttentionFn, after: Weight, space: Workspace) -> Rows:
-        """tokens (T, width) are changed in place; rows are the same as bytes, made for the product that comes after."""
+        """Changes tokens (T, width) in place; rows are the same as bytes, made for the product that comes after."""
         kernels = self.kernels
         joined, seen = kernels.product(rows, self.joined, self.output.outputs, space)
         rows = kernels.quantize(attend(joined, seen), self.output, space)
@@ -183,7 +183,7 @@ class QuantizedNetwork(Network):
 
 
 class Kernels:
-    """int8.c."""
+    """The functions of int8.c, which this class calls."""
 
     def __init__(self) -> None:
         library = kernels.library()
@@ -192,7 +192,7 @@ class Kernels:
         self.library = library
 
     def product(self, rows: Rows, weight: Weight, beside: int, space: Workspace) -> tuple[Tensor, Tensor]:
-        """Floats in the place of the sums that they are made of, and room for (T, beside) others next to them.
+        """Returns floats in the place of the sums that they are made of, with room for (T, beside) others next to them.
 
         Both are good until the next product.
         """
@@ -201,7 +201,7 @@ class Kernels:
         return sums.view(torch.float32), room.view(torch.float32)
 
     def quantize(self, values: Tensor, after: Weight, space: Workspace) -> Rows:
-        """Of a matrix, for the product that comes after; the others below do the same with their own results."""
+        """Quantizes a matrix for the product that comes after; the others below do the same with their own results."""
         rows = self._rows("narrow", values, space)
         self._call("quantize", pointer(values), *sizes(values), pointers(*rows, after.places))
         return rows
@@ -221,7 +221,7 @@ class Kernels:
         return normed
 
     def _sums(self, rows: Rows, weight: Weight, space: Workspace, beside: int = 0) -> list[Tensor]:
-        """In the place of the last product's, and room for (T, beside)."""
+        """Returns the sums, in the place of the last product's, with room for (T, beside)."""
         sums, room = space.split("sums", len(rows.steps), weight.outputs, beside, dtype=torch.int32)
         torch._int_mm(rows.steps, weight.steps.t(), out=sums)
         return [sums, room]

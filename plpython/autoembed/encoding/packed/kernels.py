@@ -13,7 +13,7 @@ LIBRARY = "autoembed.encoding.packed._kernels"
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """Loaded after torch, and so shares torch's OpenMP threads; None where the package was built without a compiler."""
+    """Loads the kernels, after torch, whose OpenMP threads they share; None where there was no compiler."""
     spec = find_spec(LIBRARY)
     return None if spec is None or spec.origin is None else ctypes.CDLL(spec.origin)
 
@@ -23,5 +23,5 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    """A C struct of pointers."""
+    """Returns a C struct of pointers."""
     return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))

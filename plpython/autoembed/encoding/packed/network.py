@@ -36,12 +36,12 @@ LANES = 16
 
 
 class UnsupportedNetwork(Exception):
-    """What this module cannot compute; sentence-transformers serves such a model. The message says why."""
+    """Raised for what this module cannot compute: sentence-transformers serves such a model. The message says why."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where an architecture keeps its weights, below `encoder.layer.N.`"""
+    """Names say where an architecture keeps its weights, below `encoder.layer.N.`"""
 
     query: str
     key: str
@@ -98,7 +98,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
-        """Refuses what the product has not got; a key that is missing has the architecture's default."""
+        """Reads config.json; refuses what is not computed here. A missing key has its architecture's default."""
         architecture = str(config["model_type"])
         if architecture not in NAMES:
             raise UnsupportedNetwork(f"the architecture {architecture} is not among {', '.join(NAMES)}")
@@ -126,7 +126,7 @@ class Shape:
         return self.width // self.heads
 
     def names(self, number: int) -> LayerNames:
-        """Of the weights of one layer."""
+        """Returns the names of the weights of one layer."""
         names, prefix = NAMES[self.architecture], f"encoder.layer.{number}."
         return LayerNames(
             joined=[prefix + part for part in (names.query, names.key, names.value)],
@@ -147,16 +147,16 @@ class Packed:
 
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]]) -> Packed:
-        """In the order given."""
+        """Packs texts in the order given."""
         return cls(torch.tensor(list(chain.from_iterable(texts))), [len(text) for text in texts])
 
     @property
     def bounds(self) -> Tensor:
-        """Where each text starts (texts + 1): the next one's start is its end."""
+        """Returns where each text starts (texts + 1): the next one's start is its end."""
         return torch.tensor([0, *accumulate(self.lengths)])
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Rows of a matrix (T, …), text by text."""
+        """Splits the rows of a matrix (T, …), text by text."""
         return torch.split_with_sizes(tokens, self.lengths)
 
 
@@ -184,12 +184,12 @@ class Workspace:
         self._kept: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """In the place of what had this name before."""
+        """Returns a matrix in the place of what had this name before."""
         (matrix,) = self.split(name, rows, columns, dtype=dtype)
         return matrix
 
     def split(self, name: str, rows: int, *columns: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """Several matrices, in the place of one."""
+        """Returns several matrices, in the place of one."""
         sizes = [rows * each for each in columns]
         if name not in self._kept or self._kept[name].numel() < sum(sizes):
             self._kept.pop(name, None)  # or both would be there for a moment
@@ -211,7 +211,7 @@ class Embeddings:
         self.padding = shape.padding if shape.architecture in OFFSET else None
 
     def __call__(self, packed: Packed) -> Tensor:
-        """(T, width) in float32. Some rows at a time: what is added to them never stands beside the whole matrix."""
+        """Returns (T, width) in float32. Goes by some rows: what is added never stands beside the whole matrix."""
         tokens = torch.empty(len(packed.ids), self.words.shape[1])
         matrices = (tokens, packed.ids, self.position_ids(packed))
         for rows, ids, places in zip(*(torch.split(each, NORMED_AT_ONCE) for each in matrices), strict=True):
@@ -222,7 +222,7 @@ class Embeddings:
         return self.norm(tokens)
 
     def position_ids(self, packed: Packed) -> Tensor:
-        """As in transformers: a padding token inside a text, which its text may spell out, takes no position."""
+        """Numbers the tokens as transformers does: a padding token, which a text may spell out, takes no position."""
         if self.padding is None:
             return torch.cat([torch.arange(length) for length in packed.lengths])
         real = (packed.ids != self.padding).long()
@@ -247,14 +247,14 @@ class Attention:
             self.library.autoembed_attention_scratch.restype = ctypes.c_long
 
     def of(self, packed: Packed) -> AttentionFn:
-        """All layers look at the same texts."""
+        """Returns the attention of these texts, which is the same for all layers but for their weights."""
         biases = self.biases(max(packed.lengths))
         if self.library is None:
             return partial(self.by_torch, packed, biases)
         return partial(self.by_kernel, self.library, packed.bounds, max(packed.lengths), biases)
 
     def biases(self, longest: int) -> Tensor | None:
-        """(heads, 2 * longest - 1) and some zeros: MPNet adds to each score by how far the key is behind the query."""
+        """Returns (heads, 2 * longest - 1), with zeros: MPNet adds to a score by how far key is behind query."""
         if self.by_bucket is None:
             return None
         buckets = relative_buckets(torch.arange(1 - longest, longest), self.shape.buckets)
@@ -263,7 +263,7 @@ class Attention:
     def by_kernel(
         self, library: ctypes.CDLL, bounds: Tensor, longest: int, biases: Tensor | None, joined: Tensor, out: Tensor
     ) -> Tensor:
-        """In float32, whatever the products' type."""
+        """Computes in float32, whatever the products' type."""
         threads = torch.get_num_threads()
         longs = [ctypes.c_long(each) for each in (len(bounds) - 1, longest, self.shape.heads, self.shape.head)]
         scratch = self.space.take("scratch", threads, library.autoembed_attention_scratch(longs[1], longs[3]), FLOAT)
@@ -289,7 +289,7 @@ class Attention:
 
 
 def square(biases: Tensor, length: int) -> Tensor:
-    """(heads, length, length) of (heads, distances): a row for each query."""
+    """Returns (heads, length, length) of (heads, distances): a row for each query."""
     middle = (biases.shape[1] - LANES) // 2
     near = biases[:, middle + 1 - length : middle + length]
     return near.unfold(1, length, 1).flip(1)
@@ -307,7 +307,7 @@ class Linear:
         self.outputs = sum(len(bias) for _, bias in self.parts)
 
     def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """(T, inputs) to (T, outputs)"""
+        """Returns (T, outputs) of (T, inputs)."""
         place = 0
         for weight, bias in self.parts:
             torch.addmm(bias, tokens, weight, out=out[:, place : place + len(bias)])
@@ -315,7 +315,7 @@ class Linear:
         return out
 
     def add_to(self, tokens: Tensor, residual: Tensor) -> Tensor:
-        """The same, added to residual (T, outputs) in place."""
+        """Adds the same to residual (T, outputs), in place."""
         ((weight, bias),) = self.parts
         residual += bias
         return residual.addmm_(tokens, weight)
@@ -362,7 +362,7 @@ class Network:
 
 
 def relative_buckets(distances: Tensor, buckets: int, farthest: int = 128) -> Tensor:
-    """T5's and MPNet's: one each for near tokens, logarithmically wider ones up to `farthest` (Raffel et al. 2019)."""
+    """Returns T5's and MPNet's: one for each near token, then wider and wider, to `farthest` (Raffel et al. 2019)."""
     half = buckets // 2
     behind = (distances > 0).long() * half
     distance = distances.abs()
@@ -373,5 +373,5 @@ def relative_buckets(distances: Tensor, buckets: int, farthest: int = 128) -> Te
 
 
 def _either(weights: Mapping[str, Tensor], name: str, former: str) -> Tensor:
-    """Old BERTs call a norm's weight gamma and its bias beta."""
+    """Finds a norm's weight and bias, which old BERTs call gamma and beta."""
     return weights[name] if name in weights else weights[former]

@@ -64,7 +64,7 @@ def normalize(vectors: Tensor) -> Tensor:
 
 
 def build(layout: Layout, tensors: Callable[[Path], Mapping[str, Tensor]]) -> tuple[Pooling, list[Head]]:
-    """`tensors` gives those of a module's folder. Raises UnsupportedNetwork for what is not computed here."""
+    """Builds the pooling and the heads; `tensors` gives those of a module's folder. Raises UnsupportedNetwork."""
     kinds = [module.kind for module in layout.modules[1:]]
     if not kinds or kinds[0] != "Pooling":
         raise UnsupportedNetwork("its second module is no Pooling")
