@@ -12,6 +12,7 @@ create table autoembed.registration (
     fingerprint text not null,
     mode text not null check (mode in ('deferred', 'immediate')),
     enabled boolean not null default true,
+    options jsonb not null default '{}' check (jsonb_typeof(options) = 'object'),  -- those that are not the default
     generation bigint not null default 1,
     row_trigger oid,
     unique (relation, target)

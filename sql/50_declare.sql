@@ -93,9 +93,45 @@ begin
 end
 $$;
 
+-- Volatile, or the planner would call it with its constant argument whether its row is wanted or not.
+create function autoembed.not_yet(option text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    raise exception using errcode = 'feature_not_supported',
+        message = format('%s is an option that this release does not serve yet', option),
+        hint = format('Leave %s out.', option);
+end
+$$;
+
+create function autoembed.check_mode(mode text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if (mode in ('deferred', 'immediate')) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
+    end if;
+end
+$$;
+
+-- The options of a column, as its registration and its row trigger keep them: those that are not the default.
+create function autoembed.check_options(template text, cache boolean, track boolean, writes text) returns jsonb
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    perform autoembed.not_yet('template') where template is not null;
+    perform autoembed.not_yet('cache') where cache is not false;
+    perform autoembed.not_yet('track') where track is not false;
+    if (writes in ('fill', 'anyone')) is not true then
+        raise exception using errcode = 'invalid_parameter_value', message = format('writes is %L', writes),
+            hint = 'writes is fill (only the fill sets the vectors) or anyone (an UPDATE may bring a vector of its own).';
+    end if;
+    return jsonb_strip_nulls(jsonb_build_object('writes', nullif(writes, 'fill')));
+end
+$$;
+
 create function embed_column(
     relation regclass, source name[], target name default 'embedding', model text default null,
-    mode text default 'deferred', if_not_exists boolean default false)
+    mode text default 'deferred', if_not_exists boolean default false, template text default null,
+    cache boolean default false, track boolean default false, destination name default null, writes text default 'fill')
 returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -104,21 +140,23 @@ declare
     target_number smallint;
     id bigint;
     declared name[];
+    declared_options jsonb;
     whole boolean;
+    options jsonb;
 begin
     if relation is null or source is null or cardinality(source) = 0 or array_position(source, null) is not null or target is null then
         raise exception using errcode = 'null_value_not_allowed',
             message = 'embed_column needs a relation, one source column or more, and a target column';
     end if;
-    if (mode in ('deferred', 'immediate')) is not true then
-        raise exception using errcode = 'invalid_parameter_value',
-            message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
-    end if;
+    perform autoembed.check_mode(mode);
+    perform autoembed.not_yet('destination') where destination is not null;
+    options := autoembed.check_options(template, cache, track, writes);
     perform autoembed.check_relation(relation);
     -- against a second declaration at the same time, and against writers that would miss the new triggers
     execute format('lock table %s in share row exclusive mode', relation);
-    select g.id, autoembed.column_names(g.relation, g.sources), autoembed.has_pending_index(g.relation, g.target)
-    into id, declared, whole
+    select g.id, autoembed.column_names(g.relation, g.sources), g.options,
+           autoembed.has_pending_index(g.relation, g.target)
+    into id, declared, declared_options, whole
     from autoembed.registration g join pg_attribute a on a.attrelid = g.relation and a.attnum = g.target
     where g.relation = embed_column.relation and a.attname = embed_column.target;
     if id is not null then
@@ -127,6 +165,11 @@ begin
             if declared <> source then
                 raise warning using message = format('column %I of %s stays declared for other source columns: %s', target, relation, array_to_string(declared, ', ')),
                     hint = 'To change them: embed_column_drop, embed_column, and set the vectors to null.';
+            end if;
+            if declared_options <> options then
+                raise warning using
+                    message = format('column %I of %s stays declared with other options', target, relation),
+                    hint = 'Change them with embed_column_set.';
             end if;
             raise notice using message = format('column %I of %s is declared already, %s', target, relation,
                 case when whole then 'nothing changed' else 'its pending index was made anew' end);
@@ -145,24 +188,27 @@ begin
     sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n) order by n);
     target_number := autoembed.check_target(relation, target, m.name, m.dimensions);
 
-    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode)
-    values (relation, target_number, sources, m.name, m.fingerprint, mode)
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, options)
+    values (relation, target_number, sources, m.name, m.fingerprint, mode, options)
     returning registration.id into id;
     perform autoembed.install(id);
     perform autoembed.say_existing(id);
 end
 $$;
 
-comment on function embed_column(regclass, name[], name, text, text, boolean) is
+comment on function embed_column(
+    regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text) is
     'declare a vector column: from now on it is filled from the source columns and kept current';
 
 create function embed_column(
     relation regclass, source name, target name default 'embedding', model text default null,
-    mode text default 'deferred', if_not_exists boolean default false)
+    mode text default 'deferred', if_not_exists boolean default false, template text default null,
+    cache boolean default false, track boolean default false, destination name default null, writes text default 'fill')
 returns void
 language sql volatile
 begin atomic
-    select embed_column(relation, array[source], target, model, mode, if_not_exists);
+    select embed_column(relation, array[source], target, model, mode, if_not_exists,
+                        template, cache, track, destination, writes);
 end;
 
 -- Vectors that are there already are taken as the writer's word; say so, since they may be of another model.
@@ -187,18 +233,38 @@ end
 $$;
 
 create function embed_column_set(
-    relation regclass, target name, mode text default null, model text default null, enabled boolean default null)
+    relation regclass, target name, mode text default null, model text default null, enabled boolean default null,
+    template text default null, cache boolean default null, track boolean default null, writes text default null)
 returns void
 language plpgsql volatile as $$
 begin
-    if autoembed.change(relation, target, mode, model, enabled) then
+    if autoembed.change(relation, target, mode, model, enabled, template, cache, track, writes) then
         perform autoembed.clear(autoembed.find(relation, target));
     end if;
 end
 $$;
 
+-- Another model's vectors may have another number of dimensions: the column gets another type, empty. The row trigger
+-- goes first, since PostgreSQL changes no column that a trigger names, and is made anew by the caller.
+create function autoembed.resize(registration bigint, dimensions integer) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    r autoembed.registration;
+    s autoembed.column_sql := autoembed.column_sql_of(registration);
+begin
+    select * into r from autoembed.registration g where g.id = resize.registration;
+    update autoembed.registration g set row_trigger = null where g.id = r.id;
+    execute format('drop trigger %I on %s', (select t.tgname from pg_trigger t where t.oid = autoembed.row_trigger(r)),
+                   r.relation::regclass);
+    execute format('alter table %s alter column %s type %s(%s) using null', s.name, s.target, s.type, dimensions);
+end
+$$;
+
 -- true where the model is another one now
-create function autoembed.change(relation regclass, target name, mode text, model text, enabled boolean) returns boolean
+create function autoembed.change(
+    relation regclass, target name, mode text, model text, enabled boolean,
+    template text, cache boolean, track boolean, writes text)
+returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     declared bigint;
@@ -206,21 +272,27 @@ declare
     s autoembed.column_sql;
     other boolean := false;
 begin
-    if (coalesce(mode, 'deferred') in ('deferred', 'immediate')) is not true then
-        raise exception using errcode = 'invalid_parameter_value',
-            message = format('mode %L is unknown', mode), hint = 'The modes are deferred and immediate.';
+    perform autoembed.check_mode(coalesce(mode, 'deferred'));
+    if model is not null then
+        select * into m from autoembed.model(change.model);
     end if;
-    execute format('lock table %s in share row exclusive mode', relation);
+    -- The strongest lock that is needed comes first: to ask for a stronger one later is to wait for writers that wait for
+    -- this one.
+    execute format('lock table %s in access exclusive mode', relation);
     declared := autoembed.find(relation, target);
     s := autoembed.column_sql_of(declared);
     update autoembed.registration r
-    set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled)
+    set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled),
+        options = autoembed.check_options(
+            template, coalesce(cache, false), coalesce(track, false), coalesce(writes, r.options ->> 'writes', 'fill'))
     where r.id = declared;
     if not found then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
     end if;
     if model is not null then
-        select * into m from autoembed.model(change.model);
+        if m.dimensions <> s.dimensions then
+            perform autoembed.resize(declared, m.dimensions);
+        end if;
         perform autoembed.check_target(relation, target, m.name, m.dimensions);
         if (m.name, m.fingerprint) is distinct from (s.model, s.fingerprint) then
             update autoembed.registration r
@@ -236,7 +308,7 @@ begin
 end
 $$;
 
-comment on function embed_column_set(regclass, name, text, text, boolean) is
+comment on function embed_column_set(regclass, name, text, text, boolean, text, boolean, boolean, text) is
     'change mode or model, pause (enabled => false) or go on; a new model clears the column, since vectors of two models never mix';
 
 -- search_path stays the session's: the table's own triggers fire here

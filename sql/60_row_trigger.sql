@@ -1,28 +1,62 @@
 -- The row trigger on a user's table: it takes a vector away when the text changes, and its arguments are the
 -- registration.
 
--- Text changed: the vector goes, in the same write, unless the writer brought a new one. So no row ever carries
--- another text's vector. The when-condition has compared the texts already.
--- Arguments: target, model, fingerprint, mode, enabled, source, …: the whole registration (see 10_state.sql).
+-- Keeps a row from carrying another text's vector. Where the text has changed, the vector goes in the same write. Where
+-- an UPDATE brings a vector of its own, the row keeps what the fill made of its text: an object mapper that saves whole
+-- rows would otherwise write a remembered vector back beside a new text. A column whose `writes` is 'anyone', and a
+-- replication's apply worker, may bring a vector: it is taken where it differs from the old one.
+-- The when-condition has found that the text or the vector differs, and that it is not the fill that writes.
+-- Its arguments are target, model, fingerprint, mode, enabled, options, source, ...: the whole registration
+-- (see 10_state.sql).
 create function autoembed.invalidate() returns trigger
 language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
-    kept boolean;
+    is_free boolean := tg_argv[5]::jsonb ->> 'writes' = 'anyone'
+        or current_setting('session_replication_role') = 'replica';
+    text_changed boolean;
+    brings_vector boolean;
 begin
-    -- fails where the column is missing: better than a stale vector
-    execute format('select record_image_eq(row(($1).%1$I), row(($2).%1$I)) and ($2).%1$I is not null', tg_argv[0])
-    into kept using old, new;
-    if kept then
-        new := jsonb_populate_record(new, jsonb_build_object(tg_argv[0], null));
+    -- The statement fails where a column is missing, which is better than a stale vector.
+    execute format(
+        'select %s, ($2).%2$I is not null and not record_image_eq(row(($1).%2$I), row(($2).%2$I))',
+        (select string_agg(format(
+            '(($1).%1$I)::text collate "C" is distinct from (($2).%1$I)::text collate "C"', s.name), ' or ')
+         from unnest(tg_argv[6:]) as s (name)), tg_argv[0])
+    into text_changed, brings_vector using old, new;
+    if brings_vector and is_free is not true then
+        perform autoembed.say_not_taken(tg_relid, tg_argv[0]);
+    elsif brings_vector then
+        return new;
+    end if;
+    if text_changed then
+        return jsonb_populate_record(new, jsonb_build_object(tg_argv[0], null));
+    elsif brings_vector then
+        return jsonb_populate_record(new, jsonb_build_object(tg_argv[0], to_jsonb(old) -> tg_argv[0]));
     end if;
     return new;
+end
+$$;
+
+-- Once a session: an object mapper that saves whole rows would otherwise be told with every statement.
+create function autoembed.say_not_taken(relation oid, target text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if current_setting('autoembed.said_not_taken', true) = 'yes' then
+        return;
+    end if;
+    perform set_config('autoembed.said_not_taken', 'yes', false);
+    raise notice using
+        message = format('an UPDATE of %s does not set column %I: its vectors come from the fill alone',
+                         relation::regclass, target),
+        hint = format('To let an UPDATE bring vectors: select embed_column_set(%L, %L, writes => %L)',
+                      relation::regclass, target, 'anyone');
 end
 $$;
 
 create function autoembed.trigger_arguments(registration bigint) returns text[]
 language sql stable
 begin atomic
-    select array[a.attname::text, r.model, r.fingerprint, r.mode, r.enabled::text]
+    select array[a.attname::text, r.model, r.fingerprint, r.mode, r.enabled::text, r.options::text]
            || autoembed.column_names(r.relation, r.sources)::text[]
     from autoembed.registration r
     join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
@@ -103,24 +137,46 @@ begin
 end
 $$;
 
+-- When the row trigger has something to do: the text differs; or a vector is brought, and neither by the fill, which
+-- says so by a setting that holds for its one statement, nor by replication.
+create function autoembed.row_trigger_condition(r autoembed.registration) returns text
+language sql stable
+begin atomic
+    select concat_ws(
+        ' or ',
+        (select string_agg(
+            format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u.name), ' or ')
+         from unnest(autoembed.column_names((r).relation, (r).sources)) as u (name)),
+        case when (r).options ->> 'writes' is null then format(
+            'new.%1$I is not null
+             and coalesce(pg_catalog.current_setting(''autoembed.fill'', true), '''') <> ''on''
+             and pg_catalog.current_setting(''session_replication_role'') <> ''replica''
+             and (old.%1$I is null or not old.%1$I operator(%2$s.=) new.%1$I)',
+            a.attname, t.typnamespace::pg_catalog.regnamespace) end)
+    from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
+    where a.attrelid = (r).relation and a.attnum = (r).target;
+end;
+
 create function autoembed.install_row_trigger(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
-    sources name[];
+    watched name[];
     trigger name;
 begin
     select * into r from autoembed.registration g where g.id = install_row_trigger.registration;
-    sources := autoembed.column_names(r.relation, r.sources);
     trigger := autoembed.name_row_trigger(r);
+    watched := autoembed.column_names(r.relation, r.sources);
+    if r.options ->> 'writes' is null then
+        watched := watched || autoembed.target_name(r.id);
+    end if;
     execute format(
-        'create or replace trigger %I before update %s on %s for each row when (%s) execute function autoembed.invalidate(%s)',
+        'create or replace trigger %I before update %s on %s for each row when (%s)
+         execute function autoembed.invalidate(%s)',
         trigger,
         case when not autoembed.needs_every_update(r.relation)
-            then 'of ' || (select string_agg(quote_ident(u), ', ') from unnest(sources) u) end,
-        r.relation::regclass,
-        (select string_agg(format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u), ' or ')
-         from unnest(sources) u),
+            then 'of ' || (select string_agg(quote_ident(u), ', ') from unnest(watched) u) end,
+        r.relation::regclass, autoembed.row_trigger_condition(r),
         (select string_agg(quote_literal(u), ', ' order by n)
          from unnest(autoembed.trigger_arguments(registration)) with ordinality as a (u, n)));
     -- also where session_replication_role is replica: a subscriber's vectors go stale like anybody's

@@ -31,7 +31,8 @@ begin
         or not has_any_column_privilege(s.relation, 'select')
         or not has_table_privilege(s.relation, 'update')
         or not has_function_privilege((select c.relowner from pg_class c where c.oid = s.relation),
-                                      '@extschema@.embed_column(regclass, name[], name, text, text, boolean)', 'execute') then
+                                      '@extschema@.embed_column(regclass,name[],name,text,text,boolean,text,boolean,boolean,name,text)',
+                                      'execute') then
         return;
     end if;
     registration := s.registration;
@@ -48,13 +49,18 @@ begin
 end
 $$;
 
+-- Of a target that is null: those that name no column of the relation any more.
 create function autoembed.statement_triggers(relation oid, target name) returns setof name
 language sql stable
 begin atomic
     select t.tgname
     from pg_catalog.pg_trigger t
+    cross join lateral (select (autoembed.arguments_of(t.oid))[1] as target) named
     where t.tgrelid = relation and t.tgfoid = 'autoembed.embed_rows()'::regprocedure
-      and (autoembed.arguments_of(t.oid))[1] = target::text;
+      and case when statement_triggers.target is not null then named.target = statement_triggers.target::text
+               else not exists (select from pg_catalog.pg_attribute a
+                                where a.attrelid = relation and a.attname::text = named.target
+                                  and not a.attisdropped) end;
 end;
 
 create function autoembed.install_statement_triggers(registration bigint) returns void

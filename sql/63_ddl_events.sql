@@ -1,5 +1,16 @@
 -- The event triggers that keep registrations and the triggers on users' tables together.
 
+-- Are these the options of a column, as a row trigger carries them? It may be written by hand.
+create function autoembed.are_options(argument text) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    return argument::jsonb = autoembed.check_options(
+        null, false, false, coalesce(argument::jsonb ->> 'writes', 'fill'));
+exception when data_exception or invalid_parameter_value then
+    return false;
+end
+$$;
+
 -- A row trigger without a registration: a table that was just restored brings its declaration along.
 create function autoembed.adopt(trigger oid) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -9,18 +20,20 @@ declare
     target smallint := (select a.attnum from pg_attribute a
                         where a.attrelid = relation and a.attname = arguments[1] and not a.attisdropped);
     sources smallint[] := array(
-        select a.attnum from unnest(arguments[6:]) with ordinality as u (name, n)
+        select a.attnum from unnest(arguments[7:]) with ordinality as u (name, n)
         join pg_attribute a on a.attrelid = relation and a.attname = u.name and not a.attisdropped order by n);
     adopted autoembed.registration;
 begin
-    if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 5
-        or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false') then
+    if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 6
+        or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false')
+        or not autoembed.are_options(arguments[6]) then
         raise exception using errcode = 'invalid_parameter_value',
             message = format('a trigger on %s that calls autoembed.invalidate() has arguments that do not fit the table', relation::regclass),
             hint = 'Declare columns with embed_column, which makes the trigger.';
     end if;
-    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, row_trigger)
-    values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean, trigger)
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, options, row_trigger)
+    values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean,
+            arguments[6]::jsonb, trigger)
     on conflict do nothing
     returning * into adopted;
     if adopted.id is not null and not autoembed.is_sound(adopted) then

@@ -1,12 +1,13 @@
 -- The second transaction of a batch: it writes the vectors, and records what became of each row.
 
+-- The setting autoembed.fill tells the row trigger that it is the fill that brings vectors; it holds for this statement.
 -- Write the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for.
 -- Returns the keys that were written; the others come again. So does a row whose text one of the user's own triggers
 -- changed in this very write: the vector is the former text's, and goes at once.
 create function autoembed.complete(
     s autoembed.column_sql, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
 returns jsonb[]
-language plpgsql volatile as $$
+language plpgsql volatile set autoembed.fill = 'on' as $$
 declare
     written pg_catalog.jsonb[];
     changed pg_catalog.jsonb[];

@@ -113,14 +113,15 @@ begin atomic
 end;
 
 create procedure embed_worker(
-    batch integer default 32, max_seconds integer default 3600, workers integer default 1,
-    inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0)
+    batch integer default null, max_seconds integer default 3600, workers integer default 1,
+    inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0,
+    inout cached bigint default 0)
 language plpython3u as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].embed_worker(batch, max_seconds, workers)
 $$;
 
-comment on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint) is
+comment on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint) is
     'fill what is pending in all that the caller owns, and go on doing so for max_seconds (null: until cancelled); not more than `workers` of a role at once';
 
 -- Is anything left of the relation that will be tried, now or after a back-off; and how many rows have failed for good.

@@ -1,15 +1,16 @@
 -- Filling. A procedure that commits can be neither security definer nor carry a set clause.
 
 create procedure embed_pending(
-    batch integer default 32, relation regclass default null, max_rows bigint default null, max_seconds integer default null,
-    inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0)
+    batch integer default null, relation regclass default null, max_rows bigint default null, max_seconds integer default null,
+    inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0,
+    inout cached bigint default 0)
 language plpython3u as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].embed_pending(batch, relation, max_rows, max_seconds)
 $$;
 
-comment on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) is
-    'fill what is pending, a commit each batch: in the named relation, or in all that the caller owns';
+comment on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint) is
+    'fills what is pending, with a commit after each batch: in the named relation, or in all that the caller owns';
 
 -- A regclass reaches Python as text that depends on search_path.
 create function autoembed.oid_of(relation text) returns oid

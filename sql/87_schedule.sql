@@ -7,11 +7,13 @@ declare
     embedded pg_catalog.int8 := 0;
     failed pg_catalog.int8 := 0;
     skipped pg_catalog.int8 := 0;
+    cached pg_catalog.int8 := 0;
 begin
     if autoembed.any_pending() then
         call @extschema@.embed_pending(
             batch => batch, relation => null::pg_catalog.regclass, max_rows => null::pg_catalog.int8,
-            max_seconds => null::pg_catalog.int4, embedded => embedded, failed => failed, skipped => skipped);
+            max_seconds => null::pg_catalog.int4, embedded => embedded, failed => failed, skipped => skipped,
+            cached => cached);
     end if;
 end
 $$;
@@ -167,8 +169,9 @@ create function autoembed.job_call(schedule text, batch integer, workers integer
 language sql stable
 begin atomic
     select case when autoembed.stays_on(schedule)
-        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, embedded => n, failed => n, skipped => n)', batch, workers)
-        else format('call autoembed.tick(batch => %s)', batch) end;
+        then format('call @extschema@.embed_worker(batch => %s, max_seconds => 55, workers => %s, '
+                    'embedded => n, failed => n, skipped => n, cached => n)', coalesce(batch::text, 'null'), workers)
+        else format('call autoembed.tick(batch => %s)', coalesce(batch::text, 'null')) end;
 end;
 
 -- DROP EXTENSION knows nothing of jobs, and no event trigger of an extension sees it go: so a job looks whether there is
@@ -187,8 +190,9 @@ end;
 create function autoembed.check_schedule(schedule text, batch integer, workers integer) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
-    if batch is null or batch not between 1 and 512 then
-        raise exception using errcode = 'invalid_parameter_value', message = format('batch is %s', coalesce(batch::text, 'null')), hint = 'batch is 1 to 512.';
+    if batch not between 1 and 512 then
+        raise exception using errcode = 'invalid_parameter_value', message = format('batch is %s', batch),
+            hint = 'batch is 1 to 512, or null for EMBEDDING_BATCH_SIZE.';
     elsif workers is null or workers not between 1 and 64 then
         raise exception using errcode = 'invalid_parameter_value', message = format('workers is %s', coalesce(workers::text, 'null')), hint = 'workers is 1 to 64.';
     elsif autoembed.is_schedule(schedule) is not true then
@@ -230,8 +234,8 @@ begin atomic
         select format('GRANT EXECUTE ON PROCEDURE %s TO %I', p.oid::regprocedure, role)
         where not has_function_privilege(role, p.oid, 'execute')) g
     where p.oid = case when autoembed.stays_on(schedule)
-        then '@extschema@.embed_worker(integer, integer, integer, bigint, bigint, bigint)'::regprocedure
-        else '@extschema@.embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint)'::regprocedure end;
+        then '@extschema@.embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint)'::regprocedure
+        else '@extschema@.embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint)'::regprocedure end;
 end;
 
 create function autoembed.warn_of_missing_grants(role name, schedule text) returns void
@@ -247,7 +251,7 @@ end
 $$;
 
 create function embed_schedule(
-    schedule text default '10 seconds', batch integer default 32, workers integer default 1,
+    schedule text default '10 seconds', batch integer default null, workers integer default 1,
     out role name, out job bigint, out job_schedule text, out command text)
 returns setof record
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

@@ -35,12 +35,13 @@ create policy filler on autoembed.frontier for select using (autoembed.reads_all
 revoke all on function
     embed(text, text, text), embed(text[], text, text),
     embed_search(regclass, text, integer, name, jsonb),
-    embed_column(regclass, name[], name, text, text, boolean), embed_column(regclass, name, name, text, text, boolean),
-    embed_column_set(regclass, name, text, text, boolean), embed_column_drop(regclass, name),
+    embed_column(regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text),
+    embed_column(regclass, name, name, text, text, boolean, text, boolean, boolean, name, text),
+    embed_column_set(regclass, name, text, text, boolean, text, boolean, boolean, text), embed_column_drop(regclass, name),
     embed_index(regclass, name, integer, integer, boolean), embed_retry(regclass)
     from public;
-revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint) from public;
-revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint), embed_wait(regclass, interval) from public;
+revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint) from public;
+revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint), embed_wait(regclass, interval) from public;
 revoke all on function embed_schedule(text, integer, integer), embed_unschedule(), embed_load(text), embed_unload() from public;
 
 grant select on

@@ -229,7 +229,7 @@ def test_extensions_in_schemas_of_their_own(connect: Callable[..., Connection], 
     ):
         db.execute(statement)
     assert column(db, "select id from data.docs where embedding is not null") == [2]
-    assert db.execute('call "the interface".embed_pending()').fetchone() == (1, 0, 0)
+    assert db.execute('call "the interface".embed_pending()').fetchone() == (1, 0, 0, 0)
     found = "select key from \"the interface\".embed_search('data.docs', 'a text', 1)"
     assert scalar(db, found) == {"id": 1}
     assert '"the vectors".vector_cosine_ops' in scalar(db, "select \"the interface\".embed_index('data.docs')")
@@ -397,7 +397,7 @@ def test_another_model_clears_the_column(warm: Connection, fragile: Path) -> Non
     ]
     assert column(warm, "select embedding from docs") == [None, None]
     assert declared(warm)[0][3] == TINY
-    warm.execute(f"update docs set embedding = {VECTOR} where id = 1", [1])
+    warm.execute(f"insert into docs values (3, 'a text', {VECTOR})", [1])
     with notices(warm) as heard:
         warm.execute("select embed_column_set('docs', 'embedding', model => %s)", [fragile.name])
     assert ": 1 vector of the former model cleared" in str(heard[0].message)
@@ -423,12 +423,33 @@ def test_change_is_refused_with_reasons(warm: Connection) -> None:
     warm.execute(DECLARE)
     error = refusal(warm, "select embed_column_set('docs', 'embedding', mode => 'sometimes')")
     assert (error.sqlstate, error.diag.message_hint) == ("22023", "The modes are deferred and immediate.")
-    error = refusal(warm, "select embed_column_set('docs', 'embedding', model => 'all-MiniLM-L6-v2')")
-    assert (error.sqlstate, said(warm, error.diag.message_primary)) == (
-        "42804",
-        "target column embedding of docs is vector(32), but model all-MiniLM-L6-v2 has 384 dimensions",
-    )
-    assert declared(warm) == [("docs", ["content"], "embedding", TINY, "deferred", True, SIZE, "ready")]
+
+
+def test_a_model_of_other_dimensions_changes_the_columns_type(warm: Connection) -> None:
+    warm.execute(DOCS)
+    warm.execute(DECLARE)
+    warm.execute("insert into docs values (1, 'one', null)")
+    assert fill(warm) == 1
+    warm.execute("select embed_column_set('docs', 'embedding', model => 'all-MiniLM-L6-v2')")
+    assert column(warm, "select status from embedding_columns where relation = 'docs'::regclass") == ["ready"]
+    kind = "select format_type(atttypid, atttypmod) from pg_attribute where attrelid = 'docs'::regclass"
+    assert scalar(warm, f"{kind} and attname = 'embedding'").endswith("vector(384)")
+    assert column(warm, "select embedding from docs") == [None]
+    assert fill(warm) == 1
+    assert scalar(warm, "select vector_dims(embedding) from docs") == 384
+
+
+@pytest.mark.parametrize("option", ["template => '{content}'", "cache => true", "track => true"])
+def test_options_that_are_not_served_yet(warm: Connection, option: str) -> None:
+    warm.execute(DOCS)
+    declaring = f"select embed_column('docs', 'content', model => 'tiny-mpnet', {option})"
+    assert refusal(warm, declaring).sqlstate == "0A000"
+    warm.execute(DECLARE)
+    changing = f"select embed_column_set('docs', 'embedding', {option})"
+    assert refusal(warm, changing).sqlstate == "0A000"
+    aside = "select embed_column('docs', 'content', model => 'tiny-mpnet', destination => 'aside')"
+    assert refusal(warm, aside).sqlstate == "0A000"
+    assert refusal(warm, "select embed_column_set('docs', 'embedding', writes => 'nobody')").sqlstate == "22023"
 
 
 @pytest.mark.parametrize("mode", ["deferred", "immediate"])

@@ -15,7 +15,7 @@ from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
 from support.rigging import Filling, Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server, wait_until
-from support.talk import notices, refusal
+from support.talk import DECLARING, notices, refusal
 
 pytest_plugins = ["support.rig"]
 
@@ -418,10 +418,9 @@ def test_lock_timeout_while_a_suspect_flies_blames_nobody(
 
 # --- row-level security ----------------------------------------------------------------------------------------
 
-GRANTS = """
-grant execute on procedure embed_pending(int, regclass, bigint, int, bigint, bigint, bigint) to {0};
-grant execute on function embed_column(regclass, name, name, text, text, boolean) to {0};
-grant execute on function embed_column(regclass, name[], name, text, text, boolean) to {0};
+GRANTS = f"""
+grant execute on procedure embed_pending to {{0}};
+grant execute on function {DECLARING} to {{0}};
 """
 
 

@@ -436,18 +436,18 @@ def test_no_setting_is_changed(db: Connection, declared: Knowledge) -> None:
 def test_works_without_the_interface_on_the_path(db: Connection, declared: Knowledge) -> None:
     declared(5)
     db.execute("set search_path = ''")
-    assert db.execute("call public.embed_pending()").fetchone() == (5, 0, 0)
+    assert db.execute("call public.embed_pending()").fetchone() == (5, 0, 0, 0)
 
 
 def test_variables_of_plpgsql_take_the_totals(db: Connection, declared: Knowledge) -> None:
     declared(5)
-    db.execute("create table totals (e bigint, f bigint, s bigint)")
+    db.execute("create table totals (e bigint, f bigint, s bigint, c bigint)")
     db.execute(
-        """do $$ declare e bigint; f bigint; s bigint;
-           begin call embed_pending(embedded => e, failed => f, skipped => s);
-                 insert into totals values (e, f, s); end $$"""
+        """do $$ declare e bigint; f bigint; s bigint; c bigint;
+           begin call embed_pending(embedded => e, failed => f, skipped => s, cached => c);
+                 insert into totals values (e, f, s, c); end $$"""
     )
-    assert rows(db, "select * from totals") == [(5, 0, 0)]
+    assert rows(db, "select * from totals") == [(5, 0, 0, 0)]
 
 
 @pytest.mark.slow
@@ -482,4 +482,4 @@ def test_a_fresh_database_of_another_schema(server: Server, database: Database, 
     admin.execute('create table plain (id int primary key, content text, embedding "Vec".vector(384))')
     admin.execute("insert into plain values (1, 'a text')")
     admin.execute("select tools.embed_column('plain', 'content'::name)")
-    assert admin.execute("call tools.embed_pending()").fetchone() == (1, 0, 0)
+    assert admin.execute("call tools.embed_pending()").fetchone() == (1, 0, 0, 0)

@@ -136,7 +136,7 @@ def test_owner_who_is_nobody_special_renames(warm: Connection, warm_role: Callab
 
 DROPS = {
     "table": "drop table docs",
-    "target": "alter table docs drop column embedding",
+    "target": "alter table docs drop column embedding cascade",
     "source": "alter table docs drop column content cascade",
     "trigger": "{trigger}",
     "owned": "drop owned by alice",
@@ -224,7 +224,7 @@ def test_temporary_table_cannot_be_smuggled_in(warm: Connection) -> None:
     warm.execute("create temp table brief (id int primary key, content text, embedding vector(32))")
     make = (
         "create trigger smuggled before update on brief for each row "
-        f"execute function autoembed.invalidate('embedding', '{TINY}', '', 'deferred', 'true', 'content')"
+        f"execute function autoembed.invalidate('embedding', '{TINY}', '', 'deferred', 'true', '{{}}', 'content')"
     )
     try:
         warm.execute(make)

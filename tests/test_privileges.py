@@ -23,16 +23,16 @@ INTERFACE = "select p.oid::regprocedure::text from pg_proc p join pg_depend d on
 INTERFACE += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed' where p.pronamespace "
 ENCODING = {"embed(text,text,text)", "embed(text[],text,text)", "embed_search(regclass,text,integer,name,jsonb)"}
 DECLARING = {
-    "embed_column(regclass,name[],name,text,text,boolean)",
-    "embed_column(regclass,name,name,text,text,boolean)",
-    "embed_column_set(regclass,name,text,text,boolean)",
+    "embed_column(regclass,name[],name,text,text,boolean,text,boolean,boolean,name,text)",
+    "embed_column(regclass,name,name,text,text,boolean,text,boolean,boolean,name,text)",
+    "embed_column_set(regclass,name,text,text,boolean,text,boolean,boolean,text)",
     "embed_column_drop(regclass,name)",
     "embed_index(regclass,name,integer,integer,boolean)",
     "embed_retry(regclass)",
 }
-FILLING = {"embed_pending(integer,regclass,bigint,integer,bigint,bigint,bigint)"}
+FILLING = {"embed_pending(integer,regclass,bigint,integer,bigint,bigint,bigint,bigint)"}
 OPERATING = {
-    "embed_worker(integer,integer,integer,bigint,bigint,bigint)",
+    "embed_worker(integer,integer,integer,bigint,bigint,bigint,bigint)",
     "embed_wait(regclass,interval)",
     "embed_schedule(text,integer,integer)",
     "embed_unschedule()",
@@ -304,7 +304,7 @@ def evil_cast(cast: Connection) -> Connection:
 @pytest.mark.parametrize("how", ["trigger", "insert"])
 def test_smuggled_declaration_runs_nothing_in_the_views(evil_cast: Connection, how: str) -> None:
     """A hand-made trigger, or a hand-made row of state, declares what embed_column would refuse."""
-    arguments = f"'embedding', '{TINY}', '', 'deferred', 'true', 'content'"
+    arguments = f"'embedding', '{TINY}', '', 'deferred', 'true', '{{}}', 'content'"
     smuggle = {
         "trigger": "create trigger smuggled before update on moods for each row "
         f"execute function autoembed.invalidate({arguments})",
@@ -343,7 +343,7 @@ def test_declaration_without_the_right_embeds_nothing(cast: Connection) -> None:
     with acting_as(cast, "nobody"):
         cast.execute("create table mine (id int primary key, content text, embedding vector(32))")
         fingerprint = scalar(cast, "select fingerprint from embedding_models where name = 'tiny-mpnet'")
-        arguments = f"'embedding', '{TINY}', '{fingerprint}', 'immediate', 'true', 'content'"
+        arguments = f"'embedding', '{TINY}', '{fingerprint}', 'immediate', 'true', '{{}}', 'content'"
         cast.execute(
             f"create trigger a before update on mine for each row execute function autoembed.invalidate({arguments})"
         )

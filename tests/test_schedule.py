@@ -11,7 +11,7 @@ from psycopg import errors
 
 from support.rigging import CRON, Rig, holds_nothing, rows, scalar
 from support.server import Connection, Server, wait_until
-from support.talk import notices
+from support.talk import DECLARING, notices
 
 pytest_plugins = ["support.rig"]
 
@@ -24,7 +24,8 @@ COMMAND = (
 )
 TICK = COMMAND.format("call autoembed.tick(batch => {})")
 WORKER = COMMAND.format(
-    "call public.embed_worker(batch => 32, max_seconds => 55, workers => 1, embedded => n, failed => n, skipped => n)"
+    "call public.embed_worker(batch => {}, max_seconds => 55, workers => 1, "
+    "embedded => n, failed => n, skipped => n, cached => n)"
 )
 HOSTILE = "create procedure {}.embed_pending(batch int) language sql as 'select 1/0'"
 FUNCTIONS = "function embed_schedule, function embed_unschedule, procedure embed_pending, procedure embed_worker"
@@ -60,7 +61,7 @@ def make_role(db: Connection, name: str, options: str = "login") -> None:
     db.execute(f"grant usage on schema cron to {name}; grant all on schema public to {name}".encode())
     for function in FUNCTIONS.split(", "):
         db.execute(f"grant execute on {function} to {name}".encode())
-    db.execute(f"grant execute on function embed_column(regclass, name, name, text, text, boolean) to {name}".encode())
+    db.execute(f"grant execute on function {DECLARING} to {name}".encode())
 
 
 def make_table(connection: Connection, name: str) -> None:
@@ -82,7 +83,7 @@ def test_seconds_become_a_worker_where_pg_cron_has_no_seconds(db: Connection) ->
     natively = scalar(
         db, "select string_to_array(extversion, '.')::text[] >= '{1,5}' from pg_extension where extname = 'pg_cron'"
     )
-    expected = ("10 seconds", TICK.format(32)) if natively else ("* * * * *", WORKER)
+    expected = ("10 seconds", TICK.format("null")) if natively else ("* * * * *", WORKER.format("null"))
     assert rows(db, JOBS) == [("postgres", *expected)]
 
 
@@ -92,7 +93,7 @@ def test_seconds_of_a_newer_pg_cron(db: Connection) -> None:
     assert rows(db, "select autoembed.job_schedule('10 seconds'), autoembed.job_command('10 seconds', 8, 1, 1)") == [
         ("10 seconds", TICK.format(8))
     ]
-    assert scalar(db, "select autoembed.job_command('worker', 32, 1, 1)") == WORKER
+    assert scalar(db, "select autoembed.job_command('worker', 32, 1, 1)") == WORKER.format(32)
     db.execute("rollback")
 
 
@@ -100,7 +101,7 @@ def test_cron_text_and_word(db: Connection) -> None:
     db.execute("select embed_schedule('*/5 * * * *', batch => 8)")
     assert rows(db, JOBS) == [("postgres", "*/5 * * * *", TICK.format(8))]
     db.execute("select embed_schedule('worker')")
-    assert rows(db, JOBS) == [("postgres", "* * * * *", WORKER)]
+    assert rows(db, JOBS) == [("postgres", "* * * * *", WORKER.format("null"))]
 
 
 def test_idempotent_and_resized(db: Connection) -> None:
@@ -221,7 +222,7 @@ def test_valid_schedules(db: Connection) -> None:
         assert scalar(db, "select count(*) from embed_schedule(%s)", schedule) == 1
 
 
-@pytest.mark.parametrize("arguments", ["batch => 0", "batch => null", "workers => 0", "workers => 100"])
+@pytest.mark.parametrize("arguments", ["batch => 0", "batch => 513", "workers => 0", "workers => 100"])
 def test_invalid_arguments(db: Connection, arguments: str) -> None:
     assert refused(db, f"select embed_schedule('worker', {arguments})").sqlstate == "22023"
 

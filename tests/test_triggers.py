@@ -54,6 +54,13 @@ def vectors(connection: Connection, relation: str = "docs") -> list[float | None
     return column(connection, f"select (embedding::real[])[1] from {relation} order by id")
 
 
+def is_near(distance: float | None) -> bool:
+    return distance is not None and distance < 1e-5
+
+
+ANYONE_WRITES = "select embed_column_set('docs', 'embedding', writes => 'anyone')"
+
+
 def distance(connection: Connection, relation: str = "docs") -> list[float | None]:
     """How far each row's vector is from that of its text."""
     statement = f"select embedding <-> embed(content, 'tiny-mpnet', 'document') from {relation} order by id"
@@ -77,8 +84,10 @@ def test_insert_runs_no_trigger_in_deferred_mode(docs: Connection) -> None:
         ("set content = null where id = 1", [None, 1, None]),
         ("set content = content, note = 'other'", [1, 1, None]),
         ("set note = 'other'", [1, 1, None]),
-        (f"set embedding = {VECTOR.replace('%s', '2')} where id = 1", [2, 1, None]),
-        (f"set content = 'new', embedding = {VECTOR.replace('%s', '2')} where id = 1", [2, 1, None]),
+        (f"set embedding = {VECTOR.replace('%s', '2')} where id = 1", [1, 1, None]),
+        (f"set embedding = {VECTOR.replace('%s', '2')}", [1, 1, None]),
+        ("set embedding = null where id = 1", [None, 1, None]),
+        (f"set content = 'new', embedding = {VECTOR.replace('%s', '2')} where id = 1", [None, 1, None]),
         (f"set content = 'new', embedding = {VECTOR.replace('%s', '1')} where id = 1", [None, 1, None]),
         ("set id = id + 10, content = content, note = note, embedding = embedding", [1, 1, None]),
         ("set id = id, content = content || '!', note = note, embedding = embedding", [None, None, None]),
@@ -88,6 +97,54 @@ def test_insert_runs_no_trigger_in_deferred_mode(docs: Connection) -> None:
 def test_update(docs: Connection, change: str, after: list[float | None]) -> None:
     docs.execute(f"update docs {change}")
     assert vectors(docs) == after
+
+
+@pytest.mark.parametrize(
+    ("change", "after"),
+    [
+        (f"set embedding = {VECTOR.replace('%s', '2')} where id = 1", [2, 1, None]),
+        (f"set content = 'new', embedding = {VECTOR.replace('%s', '2')} where id = 1", [2, 1, None]),
+        (f"set content = 'new', embedding = {VECTOR.replace('%s', '1')} where id = 1", [None, 1, None]),
+        ("set content = 'new' where id = 1", [None, 1, None]),
+        ("set note = 'other'", [1, 1, None]),
+    ],
+)
+def test_update_where_anyone_writes_vectors(docs: Connection, change: str, after: list[float | None]) -> None:
+    docs.execute(ANYONE_WRITES)
+    docs.execute(f"update docs {change}")
+    assert vectors(docs) == after
+
+
+def test_a_save_of_the_whole_row_brings_no_old_vector_back(docs: Connection) -> None:
+    """As object mappers save: the first save clears the vector, the second would write the remembered one back."""
+    save = f"update docs set note = %s, content = 'changed', embedding = {VECTOR} where id = 1"
+    with notices(docs) as said:
+        docs.execute(save, ["a", 1])
+        docs.execute(save, ["b", 1])
+    assert vectors(docs) == [None, 1, None]
+    assert len(said) == 1
+    assert "does not set column embedding: its vectors come from the fill alone" in str(said[0].message)
+    assert str(said[0].hint).endswith("docs', 'embedding', writes => 'anyone')")
+    docs.execute("call embed_pending()")
+    assert is_near(distance(docs)[0])
+    docs.execute(save, ["c", 1])
+    assert is_near(distance(docs)[0])
+
+
+def test_replication_brings_vectors(docs: Connection) -> None:
+    docs.execute("set session_replication_role = replica")
+    docs.execute(f"update docs set embedding = {VECTOR} where id = 2", [3])
+    docs.execute(f"update docs set content = 'new', embedding = {VECTOR} where id = 1", [3])
+    docs.execute("reset session_replication_role")
+    assert vectors(docs) == [3, 3, None]
+
+
+def test_the_fill_is_no_way_in_for_the_rest_of_its_transaction(live: Connection) -> None:
+    """Immediate mode writes inside the writer's own transaction."""
+    with live.transaction():
+        live.execute("insert into docs (id, content) values (1, 'one')")
+        live.execute(f"update docs set embedding = {VECTOR}", [7])
+    assert all(map(is_near, distance(live)))
 
 
 def test_text_that_comes_to_a_filled_row_without_one(docs: Connection) -> None:
@@ -118,6 +175,9 @@ def test_on_conflict(docs: Connection) -> None:
     assert vectors(docs) == [1, None, None, None]
     new = VECTOR.replace("%s", "5")
     docs.execute(upsert.format(f"(1, 'changed', 'n', {new})") + ", embedding = excluded.embedding")
+    assert vectors(docs) == [None, None, None, None]
+    docs.execute(ANYONE_WRITES)
+    docs.execute(upsert.format(f"(1, 'changed again', 'n', {new})") + ", embedding = excluded.embedding")
     assert vectors(docs) == [5, None, None, None]
 
 
@@ -143,6 +203,7 @@ def test_view_rule_and_foreign_key_write_too(warm: Connection) -> None:
     warm.execute(f"insert into docs values (1, 'old', null, {VECTOR})", [1])
     warm.execute("update words set word = 'new'")
     assert warm.execute("select content, embedding from docs").fetchall() == [("new", None)]
+    warm.execute(ANYONE_WRITES)
     warm.execute(f"update docs set embedding = {VECTOR}", [1])
     warm.execute("insert into words values ('newer')")
     warm.execute("create view through as select id, content from docs")
@@ -354,6 +415,7 @@ def test_changed_text_gets_its_vector_at_once(live: Connection) -> None:
 def test_writers_vector_is_kept(live: Connection) -> None:
     live.execute(f"insert into docs values (1, 'one', 'n', {VECTOR})", [1])
     assert vectors(live) == [1]
+    live.execute(ANYONE_WRITES)
     live.execute(f"update docs set content = 'two', embedding = {VECTOR}", [2])
     assert vectors(live) == [2]
 

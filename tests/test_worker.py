@@ -110,7 +110,7 @@ def test_notices_declarations_pauses_and_drops(
         wait_for(db, "gone")
         db.execute("select embed_column_set('late', 'embedding', enabled => false)")
         db.execute("insert into late (content) values ('while paused')")
-        db.execute("alter table gone drop column embedding")
+        db.execute("alter table gone drop column embedding cascade")
         look_at_all(db)
         db.execute("drop table knowledge")
         assert pending(db, "late") == 1
@@ -193,9 +193,9 @@ def test_short_calls_come_round_to_each_row(db: Connection, connect: Connect, de
     holder = connect()
     with holder.transaction():
         holder.execute("select from knowledge where id <= 16 for update")
-        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(0, 0, 16)]
-        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(8, 0, 8)]
-    assert rows(db, "call embed_pending()") == [(16, 0, 0)]
+        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(0, 0, 16, 0)]
+        assert rows(db, "call embed_pending(batch => 8, max_rows => 16)") == [(8, 0, 8, 0)]
+    assert rows(db, "call embed_pending()") == [(16, 0, 0, 0)]
 
 
 # --- how it sleeps -------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_without_work_it_imports_no_model(db: Connection, connect: Connect, decl
 def test_ends_in_time_and_returns_totals(db: Connection, declared: Knowledge) -> None:
     declared(7)
     started = time.monotonic()
-    assert rows(db, "call embed_worker(max_seconds => 1)") == [(7, 0, 0)]
+    assert rows(db, "call embed_worker(max_seconds => 1)") == [(7, 0, 0, 0)]
     assert time.monotonic() - started >= 1
     assert leftovers(db) == {}
 
@@ -263,7 +263,7 @@ def test_asleep_it_reacts(db: Connection, connect: Connect, declared: Knowledge,
         assert isinstance(worker.error, (errors.QueryCanceled, errors.AdminShutdown))
     assert leftovers(db) == {}
     if function == "pg_cancel_backend":
-        assert rows(connection, "call embed_worker(max_seconds => 0)") == [(0, 0, 0)]
+        assert rows(connection, "call embed_worker(max_seconds => 0)") == [(0, 0, 0, 0)]
         assert scalar(connection, "show default_transaction_isolation") == "read committed"
 
 
@@ -306,7 +306,7 @@ def test_each_role_has_a_worker_of_its_own(
     alice = connect("alice")
     alice.execute("create table public.hers (id int primary key, content text, embedding vector(384))")
     for sources in ("name", "name[]"):
-        function = f"embed_column(regclass, {sources}, name, text, text, boolean)"
+        function = f"embed_column(regclass, {sources}, name, text, text, boolean, text, boolean, boolean, name, text)"
         db.execute(f"grant execute on function {function} to alice".encode())
     alice.execute("select embed_column('hers', 'content'::name)")
     alice.execute("insert into hers values (1, 'a text')")
@@ -321,7 +321,7 @@ def test_each_role_has_a_worker_of_its_own(
 def test_role_whose_name_needs_quotes(db: Connection) -> None:
     db.execute("""create role "Alice.B"; grant execute on procedure embed_worker to "Alice.B"; set role "Alice.B" """)
     try:
-        assert rows(db, "call embed_worker(max_seconds => 0)") == [(0, 0, 0)]
+        assert rows(db, "call embed_worker(max_seconds => 0)") == [(0, 0, 0, 0)]
     finally:
         db.execute("""reset role; drop owned by "Alice.B"; drop role "Alice.B" """)
 

@@ -146,11 +146,11 @@ class Filling:
 
 
 def fill(connection: Connection, **options: object) -> Row:
-    """Calls embed_pending; returns embedded, failed, skipped."""
+    """Calls embed_pending; returns embedded, failed, skipped, and leaves out those that came from the cache."""
     arguments = sql.SQL(", ").join(sql.SQL("{} => {}").format(sql.Identifier(k), v) for k, v in options.items())
     row = connection.execute(sql.SQL("call embed_pending({})").format(arguments)).fetchone()
     assert row is not None
-    return row
+    return row[:3]
 
 
 def scalar(connection: Connection, query: str, *parameters: object) -> Any:

@@ -18,6 +18,12 @@ SIZE = 32
 VECTOR = "array_fill(%s::real, array[32])::vector"
 """A vector of the tiny model's dimensions, each of them the argument."""
 
+DECLARING = (
+    "embed_column(regclass, name, name, text, text, boolean, text, boolean, boolean, name, text), "
+    "embed_column(regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text)"
+)
+"""Both forms of embed_column, as GRANT wants them."""
+
 
 def scalar(connection: Connection, statement: str, arguments: Sequence[Any] = ()) -> Any:
     """The one value of a statement's one row."""

@@ -153,7 +153,7 @@ class FillCall:
         totals = self.totals
         if totals.embedded or totals.failed or totals.skipped:
             self.log(time.monotonic() - self.started)
-        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped}
+        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped, "cached": 0}
 
     def log(self, seconds: float) -> None:
         totals = self.totals
