@@ -298,8 +298,7 @@ begin
             update autoembed.registration r
             set model = m.name, fingerprint = m.fingerprint, generation = r.generation + 1
             where r.id = declared;
-            delete from autoembed.failure f where f.registration = declared;
-            delete from autoembed.truncation f where f.registration = declared;
+            perform autoembed.request(declared, 'reset');
             other := true;
         end if;
     end if;

@@ -149,16 +149,22 @@ $$;
 create function autoembed.record_inflight(s autoembed.column_sql, inflight bigint, alone boolean, keys jsonb[], hashes bytea[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if not autoembed.owns(s.relation) then
-        return;
-    end if;
-    insert into autoembed.inflight (id, registration, cluster, alone, keys, hashes)
-    values (inflight, s.registration, autoembed.cluster(), alone, keys, hashes);
-    insert into autoembed.inflight_twin values (s.registration, inflight);
+    perform autoembed.request(s.registration, 'record inflight', jsonb_build_object(
+        'id', inflight, 'alone', alone, 'keys', keys, 'hashes', array(select encode(u.hash, 'hex') from unnest(hashes) as u (hash))));
     -- lost with the crash that it must outlive, the row would blame nobody and the server would crash again
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);
     end if;
+end
+$$;
+
+create function autoembed.write_inflight(registration bigint, flight jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    insert into autoembed.inflight (id, registration, cluster, alone, keys, hashes)
+    values ((flight ->> 'id')::bigint, registration, autoembed.cluster(), (flight ->> 'alone')::boolean, autoembed.elements(flight -> 'keys'),
+            array(select decode(u.hash, 'hex') from jsonb_array_elements_text(flight -> 'hashes') with ordinality as u (hash, n) order by u.n));
+    insert into autoembed.inflight_twin values (registration, (flight ->> 'id')::bigint);
 end
 $$;
 

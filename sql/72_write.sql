@@ -102,22 +102,30 @@ create function autoembed.settle(
     figures jsonb)          -- {"tokens", and the seconds in "claim", "encode", "write"}
 returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    perform autoembed.request(registration, 'settle', jsonb_build_object(
+        'inflight', inflight, 'handled', handled, 'written', written, 'failures', failures, 'truncations', truncations, 'figures', figures));
+end
+$$;
+
+create function autoembed.write_outcome(registration bigint, outcome jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
-    bad integer := jsonb_array_length(failures);
+    handled jsonb[] := autoembed.elements(outcome -> 'handled');
+    written jsonb[] := autoembed.elements(outcome -> 'written');
+    bad integer := jsonb_array_length(outcome -> 'failures');
+    figures jsonb := outcome -> 'figures';
 begin
-    select * into r from autoembed.registration g where g.id = settle.registration;
-    if r.id is null or not autoembed.owns(r.relation) then
-        return;
-    end if;
-    delete from autoembed.inflight f where f.registration = r.id and f.id = settle.inflight;
+    select * into r from autoembed.registration g where g.id = write_outcome.registration;
+    perform autoembed.drop_inflight(r.id, outcome);
     delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
     perform autoembed.clear_records(r.id, written);
     perform autoembed.fail(r.id, u.key, decode(u.hash, 'hex'), u.kind, u.message)
-    from jsonb_to_recordset(failures) as u (key jsonb, hash text, kind text, message text);
+    from jsonb_to_recordset(outcome -> 'failures') as u (key jsonb, hash text, kind text, message text);
     insert into autoembed.truncation (registration, key, tokens, token_limit)
     select r.id, u.key, u.tokens, u."limit"
-    from jsonb_to_recordset(truncations) as u (key jsonb, tokens integer, "limit" integer)
+    from jsonb_to_recordset(outcome -> 'truncations') as u (key jsonb, tokens integer, "limit" integer)
     where u.key = any (written);
     if cardinality(handled) > 0 then
         insert into autoembed.run (registration, model, embedded, failed, skipped, tokens, claim_seconds, encode_seconds, write_seconds)
@@ -131,49 +139,81 @@ $$;
 create function autoembed.forget(registration bigint, inflight bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    delete from autoembed.inflight f where f.registration = forget.registration and f.id = forget.inflight;
+    if exists (select from autoembed.inflight f where f.registration = forget.registration and f.id = forget.inflight) then
+        perform autoembed.request(registration, 'forget inflight', jsonb_build_object('inflight', inflight));
+    end if;
 end
 $$;
 
--- false where the caller may not write state
-create function autoembed.tidy_runs(registration bigint) returns boolean
+create function autoembed.drop_inflight(registration bigint, flight jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if not autoembed.owns((select r.relation from autoembed.registration r where r.id = registration)) then
-        return false;
-    end if;
-    delete from autoembed.run u where u.registration = tidy_runs.registration and u.finished < clock_timestamp() - '1 day'::interval;
-    return true;
+    delete from autoembed.inflight f where f.registration = drop_inflight.registration and f.id = (flight ->> 'inflight')::bigint;
 end
 $$;
 
 -- Housekeeping at the end of a call: failures and truncations of rows that are gone, figures older than a day.
--- A thousand a time, those first that were looked at longest ago.
 create function autoembed.tidy(s autoembed.column_sql) returns void
 language plpgsql volatile as $$
 declare
-    kind pg_catalog.text;
+    checked pg_catalog.jsonb;
 begin
     s := autoembed.lock_column(s);
-    if s.relation is null or not autoembed.tidy_runs(s.registration) then
+    if s.relation is null or not autoembed.owns(s.relation) then
         return;
     end if;
+    checked := pg_catalog.jsonb_build_object('failure', autoembed.check_records(s, 'failure'),
+                                             'truncation', autoembed.check_records(s, 'truncation'));
+    if checked operator(pg_catalog.<>) '{"failure": null, "truncation": null}' or autoembed.has_old_runs(s.registration) then
+        perform autoembed.request(s.registration, 'tidy', checked);
+    end if;
+end
+$$;
+
+create function autoembed.has_old_runs(registration bigint) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    return exists (select from autoembed.run u where u.registration = has_old_runs.registration
+                   and u.finished < clock_timestamp() - '1 day'::interval);
+end
+$$;
+
+-- Which of a thousand failures or truncations, those that were looked at longest ago, are of rows that are still there?
+create function autoembed.check_records(s autoembed.column_sql, kind text) returns jsonb
+language plpgsql volatile as $$
+declare
+    checked pg_catalog.jsonb;
+begin
+    execute pg_catalog.format(
+        'select pg_catalog.jsonb_agg(pg_catalog.jsonb_build_object(''key'', d.key, ''there'', exists (select from %s t where %s)))
+         from (select o.key from autoembed.%I o
+               where o.registration operator(pg_catalog.=) $1
+                 and o.checked operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) ''1 minute''::pg_catalog.interval)
+               order by o.checked limit 1000) d', s.rows, s.matching, kind)
+    into checked using s.registration;
+    return checked;
+end
+$$;
+
+create function autoembed.drop_old_records(registration bigint, records jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    kind text;
+begin
+    delete from autoembed.run u
+    where u.registration = drop_old_records.registration and u.finished < clock_timestamp() - '1 day'::interval;
     foreach kind in array array['failure', 'truncation'] loop
-        execute pg_catalog.format(
-            'with oldest as materialized (
-                 select d.key, d.key_hash, exists (select from %2$s t where %3$s) as there
-                 from (select o.key, o.key_hash from autoembed.%1$I o
-                       where o.registration operator(pg_catalog.=) $1
-                         and o.checked operator(pg_catalog.<) (pg_catalog.clock_timestamp() operator(pg_catalog.-) ''1 minute''::pg_catalog.interval)
-                       order by o.checked limit 1000) d
+        continue when jsonb_typeof(records -> kind) = 'null';
+        execute format(
+            'with record as materialized (
+                 select u.key, jsonb_hash_extended(u.key, 0) as key_hash, u.there from jsonb_to_recordset($2) as u (key jsonb, there boolean)
              ), gone as (
-                 delete from autoembed.%1$I f using oldest d
-                 where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
-                   and f.key operator(pg_catalog.=) d.key and not d.there
+                 delete from autoembed.%1$I f using record u
+                 where f.registration = $1 and f.key_hash = u.key_hash and f.key = u.key and not u.there
              )
-             update autoembed.%1$I f set checked = pg_catalog.clock_timestamp() from oldest d
-             where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) d.key_hash
-               and f.key operator(pg_catalog.=) d.key and d.there', kind, s.rows, s.matching) using s.registration;
+             update autoembed.%1$I f set checked = clock_timestamp() from record u
+             where f.registration = $1 and f.key_hash = u.key_hash and f.key = u.key and u.there', kind)
+        using registration, records -> kind;
     end loop;
 end
 $$;

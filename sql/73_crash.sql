@@ -1,15 +1,24 @@
 -- What was in flight when the server crashed: the suspects, which are encoded one by one.
 
+create function autoembed.recover(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if exists (select from autoembed.inflight i where i.registration = recover.registration) or autoembed.is_crash_due(registration) then
+        perform autoembed.request(registration, 'recover');
+    end if;
+end
+$$;
+
 -- Rows in flight whose worker is gone (their lock is free): with the twin there, the worker merely went; without it,
 -- the server crashed with them in flight, and they become suspects.
-create function autoembed.recover(registration bigint) returns void
+create function autoembed.make_suspects(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     f autoembed.inflight;
     crashed boolean;
 begin
     perform autoembed.suspect_again(registration);
-    for f in select * from autoembed.inflight i where i.registration = recover.registration
+    for f in select * from autoembed.inflight i where i.registration = make_suspects.registration
              and pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)) loop
         crashed := not exists (select from autoembed.inflight_twin w where w.registration = f.registration and w.id = f.id) and f.cluster = autoembed.cluster();
         delete from autoembed.inflight i where i.registration = f.registration and i.id = f.id;
@@ -49,13 +58,19 @@ begin
 end
 $$;
 
+create function autoembed.is_crash_due(registration bigint) returns boolean
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    return exists (select from autoembed.failure f where f.registration = is_crash_due.registration
+                   and f.kind = 'crashed' and f.next_try <= clock_timestamp());
+end
+$$;
+
 -- A text that crashed the server and is to be tried again: alone, and one more crash is proof enough.
 create function autoembed.suspect_again(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if not exists (select from autoembed.failure f
-                   where f.registration = suspect_again.registration and f.kind = 'crashed' and f.next_try <= clock_timestamp())
-       or not autoembed.owns((select r.relation from autoembed.registration r where r.id = suspect_again.registration)) then
+    if not autoembed.is_crash_due(registration) then
         return;
     end if;
     insert into autoembed.suspect (registration, key, hash, crashes)
@@ -80,15 +95,20 @@ create function autoembed.next_suspect(
     s autoembed.column_sql, after jsonb, out key jsonb, out locks bigint[], out inflight bigint)
 returns setof record
 language plpgsql volatile as $$
+declare
+    innocent pg_catalog.jsonb;
 begin
     s := autoembed.lock_column(s);
     if s.relation is null or not s.enabled or autoembed.first_suspect(s.registration, after) is null then
         return;
     end if;
     execute pg_catalog.format(
-        'delete from autoembed.suspect d where d.registration operator(pg_catalog.=) $1 and not exists (
+        'select pg_catalog.jsonb_agg(d.key) from autoembed.suspect d where d.registration operator(pg_catalog.=) $1 and not exists (
              select from %s t where %s and %s and autoembed.hash(%s) operator(pg_catalog.=) d.hash)',
-        s.rows, s.matching, s.pending, s.content) using s.registration;
+        s.rows, s.matching, s.pending, s.content) into innocent using s.registration;
+    if innocent is not null then
+        perform autoembed.request(s.registration, 'drop suspects', innocent);
+    end if;
     key := autoembed.first_suspect(s.registration, after);
     if key is null then
         return;
@@ -96,5 +116,12 @@ begin
     inflight := pg_catalog.nextval('autoembed.inflight_id_seq');
     locks := autoembed.locks_of(s, inflight, array[key]);
     return next;
+end
+$$;
+
+create function autoembed.drop_suspects(registration bigint, keys jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    delete from autoembed.suspect f where f.registration = drop_suspects.registration and f.key = any (autoembed.elements(keys));
 end
 $$;

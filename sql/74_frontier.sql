@@ -32,10 +32,17 @@ begin
     if not held and autoembed.has_many_dead_rows(s.relation) then
         key := last;
     end if;
-    if key is null then
-        delete from autoembed.frontier f where f.registration = s.registration;
+    perform autoembed.request(s.registration, 'set frontier', jsonb_build_object('key', key, 'beyond', s.beyond, 'held', held));
+end
+$$;
+
+create function autoembed.write_frontier(registration bigint, frontier jsonb) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if jsonb_typeof(frontier -> 'key') = 'null' then
+        delete from autoembed.frontier f where f.registration = write_frontier.registration;
     else
-        insert into autoembed.frontier as f values (s.registration, key, s.beyond, held)
+        insert into autoembed.frontier as f values (registration, frontier -> 'key', frontier ->> 'beyond', (frontier ->> 'held')::boolean)
         on conflict on constraint frontier_pkey do update set key = excluded.key, beyond = excluded.beyond, held = excluded.held
         where (f.key, f.beyond, f.held) is distinct from (excluded.key, excluded.beyond, excluded.held);
     end if;

@@ -29,18 +29,27 @@ begin
             message = format('relation %s has no column declared for embedding', relation),
             hint = 'Declare one with embed_column(relation, source, target).';
     end if;
-    with again as (
-        delete from autoembed.failure f
-        using autoembed.registration r
-        where r.id = f.registration and autoembed.owns(r.relation) and (embed_retry.relation is null or r.relation = embed_retry.relation)
-        returning f.registration, f.key, f.hash, f.kind
-    ), alone as (  -- what crashed the server is tried again alone
-        insert into autoembed.suspect (registration, key, hash, crashes)
-        select a.registration, a.key, a.hash, 2 from again a where a.kind = 'crashed'
-        on conflict do nothing
+    with failed as (
+        select f.registration, count(*) as rows
+        from autoembed.failure f
+        join autoembed.registration r on r.id = f.registration
+        where autoembed.owns(r.relation) and (embed_retry.relation is null or r.relation = embed_retry.relation)
+        group by f.registration
     )
-    select count(*) into tried from again;
+    select coalesce(sum(f.rows), 0) into tried from failed f, autoembed.request(f.registration, 'retry');
     return tried;
+end
+$$;
+
+create function autoembed.drop_failures(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    with again as (
+        delete from autoembed.failure f where f.registration = drop_failures.registration returning f.key, f.hash, f.kind
+    )
+    insert into autoembed.suspect (registration, key, hash, crashes)  -- what crashed the server is tried again alone
+    select drop_failures.registration, a.key, a.hash, 2 from again a where a.kind = 'crashed'
+    on conflict do nothing;
 end
 $$;
 

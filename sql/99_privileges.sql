@@ -1,4 +1,5 @@
--- Last: who may what. State rows are their relation's owner's: row-level security says so to every invoker.
+-- Last: who may what. State rows are their relation's owner's: row-level security says so to every reader. Nobody may
+-- write them; with SELECT alone no table can be locked against others (see 45_requests.sql).
 
 do $$
 declare
@@ -6,11 +7,11 @@ declare
 begin
     foreach state in array array['registration', 'run', 'failure', 'truncation', 'inflight', 'inflight_twin', 'suspect', 'frontier'] loop
         execute format('alter table autoembed.%I enable row level security', state);
-        execute format('grant select, insert, update, delete on autoembed.%I to public', state);
+        execute format('grant select on autoembed.%I to public', state);
     end loop;
     foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect', 'frontier'] loop
         execute format(
-            'create policy owner on autoembed.%I using (registration in (
+            'create policy owner on autoembed.%I for select using (registration in (
                  select r.id from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
                  where pg_catalog.pg_has_role(c.relowner, ''usage'')))', state);
     end loop;
@@ -19,11 +20,13 @@ $$;
 
 grant usage on schema autoembed to public;
 grant usage on sequence autoembed.inflight_id_seq to public;
+grant insert (registration, action, arguments) on autoembed.request to public;  -- and not role
+grant insert, update, delete on autoembed.registration to public;
 
 -- what is declared is no secret, as a table's triggers are none
 create policy everyone on autoembed.registration for select using (true);
 create policy owner on autoembed.registration using (autoembed.owns(relation)) with check (autoembed.owns(relation));
-create policy owner on autoembed.inflight_twin using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
+create policy owner on autoembed.inflight_twin for select using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
 
 -- A role that may fill without owning must see what is held back, or it would try what crashed the server again and
 -- again; but no more rows than it can read in the table anyway.

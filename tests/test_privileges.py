@@ -103,12 +103,12 @@ def test_inner_functions_run_no_model(warm: Connection, warm_role: Callable[...,
     }
 
 
-def test_only_event_triggers_are_security_definer(warm: Connection) -> None:
+def test_only_three_triggers_are_security_definer(warm: Connection) -> None:
     definers = (
         "select p.oid::regprocedure::text from pg_proc p join pg_depend d on d.objid = p.oid and d.deptype = 'e' "
     )
     definers += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed' where p.prosecdef order by 1"
-    assert column(warm, definers) == ["autoembed.on_ddl()", "autoembed.on_drop()"]
+    assert column(warm, definers) == ["autoembed.on_ddl()", "autoembed.on_drop()", "autoembed.serve_request()"]
     pinned = "select bool_and(proconfig::text ~ 'search_path=pg_catalog, pg_temp') from pg_proc where prosecdef"
     assert scalar(warm, pinned + " and pronamespace = 'autoembed'::regnamespace") is True
 
@@ -370,29 +370,174 @@ STATE_ROWS = {
     "failure": "(registration, key, hash, kind, message) select id, '[2]', sha256('two'), 'encoder', 'm'",
     "suspect": "(registration, key, hash) select id, '[2]', sha256('two')",
     "truncation": "(registration, key, tokens, token_limit) select id, '[2]', 9, 8",
-    "inflight": "(registration, cluster, alone, keys, hashes) "
-    "select id, 'c', false, array['[2]'::jsonb], array['\\x'::bytea]",
+    "inflight": "(registration, id, cluster, alone, keys, hashes) "
+    "select id, 1, 'c', false, array['[2]'::jsonb], array['\\x'::bytea]",
+    "frontier": "(registration, key, beyond, held) select id, '[2]', 'b', true",
     "run": "(registration, model, embedded, failed, skipped, tokens, claim_seconds, encode_seconds, write_seconds) "
     "select id, 'm', 1, 0, 0, 1, 1, 1, 1",
 }
 
 
+@pytest.fixture
+def recorded(cast: Connection) -> Connection:
+    """A row of each state stands for the owner's table."""
+    for state, row in STATE_ROWS.items():
+        cast.execute(f"insert into autoembed.{state} {row} from autoembed.registration")
+    return cast
+
+
+def read_state(connection: Connection) -> dict[str, list[str]]:
+    return {state: column(connection, f"select s::text from autoembed.{state} s order by 1") for state in STATE_ROWS}
+
+
 @pytest.mark.parametrize("state", STATE_ROWS)
+def test_state_rows_by_role(recorded: Connection, state: str) -> None:
+    """Written by nobody; read by the owner, and at most by who reads the whole table anyway."""
+    for role in ROLES:
+        with acting_as(recorded, role):
+            for statement in (
+                f"insert into autoembed.{state} {STATE_ROWS[state]} from autoembed.registration",
+                f"update autoembed.{state} set registration = registration",
+                f"delete from autoembed.{state}",
+            ):
+                assert refusal(recorded, statement).sqlstate == "42501"
+            sees = role == "owner" or (role == "filler" and state in ("failure", "suspect", "frontier"))
+            assert scalar(recorded, f"select count(*) from autoembed.{state}") == sees
+
+
+# --- requests, the one door to state ---------------------------------------------------------------------------------
+
+ARGUMENTS = """{
+    "id": 77, "inflight": 1, "alone": true, "keys": [[2]], "hashes": ["00"], "handled": [[2]], "written": [[2]],
+    "failures": [{"key": [2], "hash": "00", "kind": "crashed", "message": "m"}],
+    "truncations": [{"key": [2], "tokens": 9, "limit": 8}],
+    "figures": {"tokens": 1, "claim": 1, "encode": 1, "write": 1},
+    "key": [9], "beyond": "b", "held": true, "failure": [{"key": [2], "there": false}], "truncation": null
+}"""
+REQUEST = "insert into autoembed.request (registration, action, arguments) "
+
+
+def requests(connection: Connection) -> list[str]:
+    """A request of each action that the trigger serves, all of them for the owner's table."""
+    source = scalar(connection, "select prosrc from pg_proc where oid = 'autoembed.serve_request()'::regprocedure")
+    actions = re.findall(r"when '([a-z ]+)' then", source)
+    assert {"settle", "retry"} <= set(actions)
+    arguments = {action: "[[2]]" if action == "drop suspects" else ARGUMENTS for action in actions}
+    return [
+        f"{REQUEST} select id, '{action}', '{arguments[action]}' from autoembed.registration "
+        "where relation = 'docs'::regclass"
+        for action in actions
+    ]
+
+
 @pytest.mark.parametrize("role", ["filler", "nobody", "searcher"])
-def test_state_of_anothers_table(cast: Connection, state: str, role: str) -> None:
-    """Not written, not changed, not deleted by others; read at most by who reads the whole table anyway."""
-    with acting_as(cast, role):
-        error = refusal(cast, f"insert into autoembed.{state} {STATE_ROWS[state]} from autoembed.registration")
-        assert error.sqlstate == "42501"
-    cast.execute("reset role")
-    cast.execute(f"insert into autoembed.{state} {STATE_ROWS[state]} from autoembed.registration")
-    with acting_as(cast, role):
-        seen = 1 if role == "filler" and state in ("failure", "suspect") else 0
-        assert scalar(cast, f"select count(*) from autoembed.{state}") == seen
-        assert cast.execute(f"delete from autoembed.{state}").rowcount == 0
-        assert cast.execute(f"update autoembed.{state} set registration = registration").rowcount == 0
+def test_request_for_anothers_table_changes_nothing(recorded: Connection, role: str) -> None:
+    before = read_state(recorded)
+    for request in requests(recorded):
+        with acting_as(recorded, role):
+            recorded.execute(request)
+        assert read_state(recorded) == before, request
+    for request in requests(recorded):  # and they would change something, were they the owner's
+        with acting_as(recorded, "owner"), recorded.transaction(force_rollback=True):
+            recorded.execute(request)
+            assert read_state(recorded) != before, request
+
+
+def test_role_of_a_request_cannot_be_chosen(recorded: Connection) -> None:
+    before = read_state(recorded)
+    with acting_as(recorded, "filler"):
+        for statement in (
+            "insert into autoembed.request (role, registration, action, arguments) select 'owner', id, 'retry', '{}' "
+            "from autoembed.registration",
+            "insert into autoembed.request select 'owner', id, 'retry', '{}' from autoembed.registration",
+            "copy autoembed.request from stdin",
+            "update autoembed.request set role = 'owner'",
+            "create trigger t before insert on autoembed.request for each row execute function suppress_redundant()",
+            "alter table autoembed.request alter column role set default 'owner'",
+            "select * from autoembed.request",
+        ):
+            assert refusal(recorded, statement).sqlstate == "42501", statement
+    assert read_state(recorded) == before
+
+
+def test_request_is_of_the_role_whose_code_makes_it(recorded: Connection) -> None:
+    """Where a superuser's ANALYZE evaluates a stranger's index expression, the stranger asks; neither by the role that
+    calls a function of the owner's that has the owner's rights."""
+    request = f"{REQUEST} select id, 'retry', '{{}}' from autoembed.registration"
+    with acting_as(recorded, "nobody"):
+        recorded.execute("create table mine (id int primary key)")
+        recorded.execute(f"create function ask(out int) language plpgsql as $$ begin {request}; $1 := 1; end $$")
+        recorded.execute("create function key(int) returns int language plpgsql immutable as 'begin return ask(); end'")
+        recorded.execute("create index on mine (key(id))")
+        recorded.execute("insert into mine values (1)")
+    recorded.execute("reindex table mine")
+    recorded.execute("analyze mine")
+    assert scalar(recorded, "select count(*) from autoembed.failure") == 1
+    with acting_as(recorded, "owner"):
+        body = f"security definer as $$ begin {request}; end $$"
+        recorded.execute(f"create function ask_for_me() returns void language plpgsql {body}")
+        recorded.execute("grant execute on function ask_for_me() to nobody")
+    with acting_as(recorded, "nobody"):
+        recorded.execute("select ask_for_me()")
+    assert scalar(recorded, "select count(*) from autoembed.failure") == 0
+
+
+HIJACKS = (
+    "create function trace() returns boolean {}",
+    "create temp view pg_class as select * from pg_catalog.pg_class where trace()",
+    "create temp view pg_roles as select * from pg_catalog.pg_roles where trace()",
+    "create function pg_temp.pg_has_role(name, oid, text) returns boolean {}",
+    "create function pg_has_role(name, oid, text) returns boolean {}",
+    "create function jsonb_array_length(jsonb) returns int {}",
+    "create function decode(text, text) returns bytea {}",
+    "create function same(bigint, bigint) returns boolean {}",
+    "create function same(jsonb, jsonb) returns boolean {}",
+    "create operator = (leftarg = bigint, rightarg = bigint, function = same)",
+    "create operator = (leftarg = jsonb, rightarg = jsonb, function = same)",
+    "create type wish as enum ('fine')",
+    "create function of_wish(wish) returns jsonb {}",
+    "create cast (wish as jsonb) with function of_wish(wish) as assignment",
+)
+
+
+def test_definer_runs_nobodys_code(recorded: Connection) -> None:
+    """Whatever the asker puts on the path, in the way of temporary objects, or behind a cast."""
+    recorded.execute("create table caught (who name)")
+    recorded.execute("grant all on caught to public")
+    schema = scalar(recorded, "select current_schema()")
+    evil = f"insert into {schema}.caught values (current_user); return null"
+    asked = requests(recorded)
+    with acting_as(recorded, "owner"):
+        for hijack in HIJACKS:
+            recorded.execute(hijack.replace("{}", f"language plpgsql as $$ begin {evil}; end $$"))
+        recorded.execute(f"set search_path = pg_temp, {schema}, pg_catalog, public")
+        for request in asked:
+            recorded.execute(request)
+        assert column(recorded, f"select who from {schema}.caught") == []  # the hijacks' own operators aside
+        recorded.execute(f"{REQUEST} select id, 'retry', 'fine'::{schema}.wish from autoembed.registration")
+        recorded.execute(f"set search_path = {schema}, public")
+        recorded.execute("discard temp")
+    assert column(recorded, "select who from caught") == ["owner"]  # the cast is the asker's own
+
+
+def test_owner_makes_no_other_fill_fail(cast: Connection, warm_role: Callable[..., str]) -> None:
+    """By no made-up number: ids are drawn by the server, or stand behind the registration's own."""
+    warm_role("other")
+    for statement in recipes():
+        cast.execute(statement.replace("to owner", "to other").replace("to searcher", "to other"))
+    with acting_as(cast, "other"):
+        cast.execute("create table others (id int primary key, content text, embedding vector(32))")
+        cast.execute("select embed_column('others', 'content', model => 'tiny-mpnet')")
+        cast.execute("insert into others select g, 'text ' || g from generate_series(1, 4) g")
     with acting_as(cast, "owner"):
-        assert cast.execute(f"delete from autoembed.{state}").rowcount == 1
+        drawn = scalar(cast, "select nextval('autoembed.inflight_id_seq')")
+        for number in range(drawn, drawn + 5):
+            flight = ARGUMENTS.replace('"id": 77', f'"id": {number}')
+            cast.execute(f"{REQUEST} select id, 'record inflight', %s from autoembed.registration", [flight])
+        for request in requests(cast):
+            cast.execute(request)
+    with acting_as(cast, "other"):
+        assert scalar(cast, "call embed_pending(2)") == 4
 
 
 def test_filler_cannot_park_rows(cast: Connection) -> None:
@@ -412,10 +557,10 @@ def test_filler_cannot_park_rows(cast: Connection) -> None:
 
 
 def test_filler_behind_a_policy_reads_no_failures(cast: Connection) -> None:
+    cast.execute(f"insert into autoembed.failure {STATE_ROWS['failure']} from autoembed.registration")
     with acting_as(cast, "owner"):
         cast.execute("alter table docs enable row level security")
         cast.execute("create policy few on docs to filler using (id = 1)")
-        cast.execute(f"insert into autoembed.failure {STATE_ROWS['failure']} from autoembed.registration")
     with acting_as(cast, "filler"):
         assert scalar(cast, "select count(*) from embedding_failures") == 0
         assert scalar(cast, "select count(*) from autoembed.suspect") == 0

@@ -148,9 +148,9 @@ def test_claim_after_many_rows_were_filled_without_vacuum(db: Connection) -> Non
     assert later < clean + 10
 
 
-def test_owner_who_is_no_superuser_reads_no_more_failures_than_he_passes(owner: Connection) -> None:
+def test_owner_who_is_no_superuser_reads_no_more_failures_than_he_passes(db: Connection, owner: Connection) -> None:
     declare(owner, 4 * HELD)
-    fail_all(owner)
+    fail_all(db)
     assert pages(owner) < 10 * 1024  # rows that a claim passes at most; a few pages of three indexes for each
 
 
@@ -165,9 +165,9 @@ def test_each_statement_of_a_large_batch_is_linear_in_its_rows(db: Connection) -
 # --- the frontier --------------------------------------------------------------------------------------------------
 
 
-def test_next_call_begins_behind_a_stretch_of_failures(owner: Connection, rig: Rig) -> None:
+def test_next_call_begins_behind_a_stretch_of_failures(db: Connection, owner: Connection, rig: Rig) -> None:
     declare(owner, HELD)
-    fail_all(owner)
+    fail_all(db)
     assert fill(owner) == (0, 0, 0)
     assert frontier(owner) == [HELD]
     add(owner, HELD + 1, HELD + 40)

@@ -87,7 +87,7 @@ def test_policies_and_triggers_run_under_the_callers_settings(owner: Connection)
     assert set(rows(owner, "select distinct place, name from noted")) == {(place, "called") for place in places}
 
 
-def test_rows_key_is_the_same_in_every_session(owner: Connection, connect: Connect) -> None:
+def test_rows_key_is_the_same_in_every_session(db: Connection, owner: Connection, connect: Connect) -> None:
     owner.execute("create table moment (at timestamptz, took interval, id bytea, part real, content text, "
                   "embedding vector(384), primary key (at, took, id, part))")  # fmt: skip
     owner.execute("select embed_column('moment', 'content'::name)")
@@ -95,7 +95,7 @@ def test_rows_key_is_the_same_in_every_session(owner: Connection, connect: Conne
     keys = "select key from autoembed.failure"
     assert fill(owner) == (0, 1, 0)
     assert scalar(owner, keys) == ["2024-01-01T09:00:00+00:00", "-1 days +02:00:00", "\\x00ff5c", 0.1]
-    owner.execute("update autoembed.failure set next_try = now()")
+    db.execute("update autoembed.failure set next_try = now()")
     for name, value in ODD.items():
         owner.execute(sql.SQL("set {} = {}").format(sql.Identifier(name), value))
     assert fill(owner) == (0, 1, 0)

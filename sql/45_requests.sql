@@ -1,0 +1,67 @@
+-- How state is written: by request.
+--
+-- Nobody but the extension writes the tables of state. Whoever may write a table may lock it as well, and would hold up
+-- every fill and every ALTER TABLE of the database; and whoever may choose the keys of rows can have another's collide
+-- with them. So a fill, a retry, a new model insert a request. The trigger below looks whether the request's role owns
+-- the registration's relation, changes the state, and keeps no request. To others' requests nothing happens.
+--
+-- The role of a request is nobody's to choose: PUBLIC may name the other columns alone, so it is the default's,
+-- current_user where the INSERT stands. A security definer function cannot know its caller, and one that is told could
+-- be told anything.
+create table autoembed.request (
+    role name not null default current_user,
+    registration bigint not null,
+    action text not null,
+    arguments jsonb not null
+);
+
+create function autoembed.request(registration bigint, action text, arguments jsonb default '{}') returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    insert into autoembed.request (registration, action, arguments)
+    values (request.registration, request.action, request.arguments);
+end
+$$;
+
+-- Security definer, since it writes what nobody else may. It runs no user's code: it reads catalogs and writes state.
+-- jit is off because the caller's planner settings hold here as well, and what is switched off counts as expensive.
+create function autoembed.serve_request() returns trigger
+language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off as $$
+begin
+    if not exists (select from autoembed.registration r join pg_class c on c.oid = r.relation
+                   where r.id = new.registration and pg_has_role(new.role, c.relowner, 'usage')) then
+        return null;
+    end if;
+    case new.action
+        when 'record inflight' then perform autoembed.write_inflight(new.registration, new.arguments);
+        when 'forget inflight' then perform autoembed.drop_inflight(new.registration, new.arguments);
+        when 'settle' then perform autoembed.write_outcome(new.registration, new.arguments);
+        when 'recover' then perform autoembed.make_suspects(new.registration);
+        when 'drop suspects' then perform autoembed.drop_suspects(new.registration, new.arguments);
+        when 'set frontier' then perform autoembed.write_frontier(new.registration, new.arguments);
+        when 'tidy' then perform autoembed.drop_old_records(new.registration, new.arguments);
+        when 'retry' then perform autoembed.drop_failures(new.registration);
+        when 'reset' then perform autoembed.drop_records(new.registration);
+    end case;
+    return null;
+end
+$$;
+
+create trigger serve_request before insert on autoembed.request for each row execute function autoembed.serve_request();
+alter table autoembed.request enable always trigger serve_request;
+
+-- What was recorded of a former model's run.
+create function autoembed.drop_records(registration bigint) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    delete from autoembed.failure f where f.registration = drop_records.registration;
+    delete from autoembed.truncation f where f.registration = drop_records.registration;
+end
+$$;
+
+-- Keys travel in a request as one jsonb array.
+create function autoembed.elements(list jsonb) returns jsonb[]
+language sql immutable
+begin atomic
+    select array(select u.element from jsonb_array_elements(list) with ordinality as u (element, n) order by u.n);
+end;
