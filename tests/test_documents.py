@@ -14,6 +14,7 @@ from statistics import median
 
 import pytest
 from bench.main import arguments
+from psycopg.conninfo import make_conninfo
 
 from autoembed.command import cli
 from autoembed.settings import VARIABLES
@@ -36,7 +37,7 @@ FOREIGN = {
 """Commands that are not the product's."""
 CHEAP = {"autoembed model list", "autoembed model verify", "autoembed --version", "autoembed doctor", "make help"}
 """Commands that are run as they stand."""
-LANGUAGES = {"sql", "sh", "ini", "text"}
+LANGUAGES = {"sql", "sh", "ini", "python", "text"}
 FOLDERS = ("bench/", "container/", "demo/", "docs/", "plpython/", "preload/", "scripts/", "sql/", "tests/")
 
 
@@ -109,6 +110,19 @@ def test_sql_runs_as_it_stands(reading: Server, place: tuple[str, str], tmp_path
             assert former, f"{name}:{block.line} is the output of nothing"
             assert said[former.line].endswith(block.text), f"{name}:{block.line} shows another output than there is"
         former = block if block.language == "sql" else former
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if read_page(name).of("python")])
+def test_python_runs_as_it_stands(reading: Server, place: tuple[str, str], tmp_path: Path, name: str) -> None:
+    """After the page's statements, its blocks in order."""
+    page = read_page(name)
+    psql(reading, place, script(page), tmp_path, name)
+    dbname, schema = place
+    names = {"dsn": make_conninfo(reading.dsn(dbname), options=f"-csearch_path={schema},public")}
+    for block in page.of("python"):
+        code = compile("\n" * (block.line - 1) + block.text, name, "exec")
+        if block.not_run is None:
+            exec(code, names)
 
 
 @pytest.mark.parametrize("name", ["docs/words.md"])
