@@ -237,6 +237,13 @@ def test_links_lead_somewhere(name: str) -> None:
             assert anchor in known, f"{name}:{number} links to #{anchor}, which is no heading of {found.name}"
 
 
+@pytest.mark.parametrize("name", [name for name in PAGES if "\n- [" in read_page(name).text.split("\n## ")[0]])
+def test_contents_are_the_headings(name: str) -> None:
+    before, *sections = read_page(name).text.split("\n## ")
+    listed = re.findall(r"^- \[(.*)\]\(#", before, re.MULTILINE)
+    assert listed == [section.splitlines()[0] for section in sections]
+
+
 def test_each_page_is_linked_from_the_readme() -> None:
     linked = {target.partition("#")[0] for _, target in read_page("README.md").links()}
     assert set(PAGES) - {"README.md"} <= linked
