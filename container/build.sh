@@ -4,8 +4,6 @@
 set -eu
 
 SECRETS=/run/secrets
-CONSTRAINTS=$(dirname "$0")/constraints.txt
-if [ -s "$CONSTRAINTS" ]; then PIP_CONSTRAINT=$(realpath "$CONSTRAINTS") && export PIP_CONSTRAINT; fi
 [ ! -s $SECRETS/ca ] || export PIP_CERT=$SECRETS/ca SSL_CERT_FILE=$SECRETS/ca REQUESTS_CA_BUNDLE=$SECRETS/ca
 [ ! -s $SECRETS/pip ] || export PIP_CONFIG_FILE=$SECRETS/pip
 if [ -s $SECRETS/hf_token ]; then HF_TOKEN=$(cat $SECRETS/hf_token) && export HF_TOKEN; fi

@@ -8,6 +8,9 @@ export PIP_QUIET=2 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 VERSION=$(sed -n "s/^default_version = '\(.*\)'/\1/p" "$ROOT/pg_autoembed.control")
 PYTHON=${PYTHON:-/usr/bin/python3}
+# Versions of all packages, those included that others bring along.
+# shellcheck disable=SC2034
+LOCK=$ROOT/constraints.txt
 
 say() { printf '==> %s\n' "$*" >&2; }
 die() { printf 'error: %s\n' "$*" >&2; exit 1; }

@@ -75,7 +75,7 @@ install_dependencies() {
     "$PYTHON" -m venv "$stage"
     install_torch "$stage"
     requirements dependencies >"$stage/requirements.txt"
-    pip_in "$stage" install --no-compile setuptools "torch==$(torch_version "$stage")" -r "$stage/requirements.txt"
+    pip_in "$stage" install --no-compile setuptools "torch==$(torch_version "$stage")" -r "$stage/requirements.txt" -c "$LOCK"
     compile_all "$stage"
     # Both name the staging directory, and nobody needs them.
     find "$stage/bin" -type f -delete
@@ -101,7 +101,7 @@ install_package() {
 package_stamp() { (cd "$ROOT" && find plpython pyproject.toml -name '*.py' -o -name '*.c' -o -name '*.toml' -o -name py.typed | sort | xargs sha256sum | sha256sum); }
 
 check_python
-STAMP="python $(python_version), torch $TORCH_VERSION, $(requirements dependencies | tr '\n' ' ')"
+STAMP="python $(python_version), torch $TORCH_VERSION, $(requirements dependencies | tr '\n' ' ')$(sha256sum <"$LOCK")"
 is_stamped "$TARGET/dependencies.stamp" "$STAMP" || install_dependencies "$STAMP"
 [ "${1:-}" != dependencies ] || exit 0  # an image keeps them as a layer of their own
 STAMP=$(package_stamp)
