@@ -9,8 +9,11 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from autoembed import __version__, settings
 from autoembed.errors import AutoembedError
@@ -21,6 +24,7 @@ from autoembed.process import cpu, device
 OK, WARNING, WRONG, INFO = "ok", "warning", "WRONG", ""
 PACKAGES = ("torch", "sentence-transformers", "transformers", "tokenizers", "safetensors", "numpy", "orjson")
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16")
+GIB = 1 << 30
 EXTENSIONS = (
     ("vector", WRONG, "Install pgvector 0.7 or newer for this PostgreSQL."),
     ("plpython3u", WRONG, "Install PL/Python for this PostgreSQL (Debian: postgresql-plpython3-NN)."),
@@ -71,35 +75,25 @@ def _version(package: str) -> Finding:
 
 
 def _computing(environ: Mapping[str, str]) -> list[Finding]:
-    flags = cpu_flags()
-    findings = [Finding("Computing", INFO, f"CPU: {os.cpu_count()} cores, {' '.join(flags) or 'no flags of interest'}")]
+    flags = [flag for flag in CPU_FLAGS if flag in cpu.flags()]
+    cores = f"{psutil.cpu_count(logical=False) or '?'} cores, {psutil.cpu_count()} threads"
+    memory = psutil.virtual_memory()
+    findings = [
+        Finding("Computing", INFO, f"CPU: {cores}, {' '.join(flags) or 'no flags of interest'}"),
+        Finding("Computing", INFO, f"memory: {memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"),
+    ]
     try:
         import torch
     except ImportError as error:
         return [*findings, Finding("Computing", WRONG, f"torch cannot be imported: {error}", "Run `make install`.")]
     findings.append(Finding("Computing", INFO, f"torch uses {torch.get_num_threads()} threads"))
-    found = re.search(r"BLAS_INFO=(\w+)", torch._C._show_config())
-    blas = cpu.blas() or (found[1] if found else "unknown")
-    return [*findings, _blas(blas, cpu.matmul_gflops()), _device(environ)]
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Returns those that decide which precision is fast."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        return []
-    have = set(found[1].split()) if found else set()
-    return [flag for flag in CPU_FLAGS if flag in have]
+    return [*findings, _blas(cpu.blas(), cpu.matmul_gflops()), _device(environ)]
 
 
 def _blas(name: str, gflops: float) -> Finding:
     text = f"BLAS: {name}, float32 products at {gflops:.0f} GFLOP/s"
     if gflops < cpu.SLOW_GFLOPS:
         return Finding("Computing", WARNING, text, cpu.BLAS_HINT)
-    if "openblas-pthread" in name:
-        advice = "EMBEDDING_THREADS does not limit this one's threads. Debian: libopenblas0-openmp instead."
-        return Finding("Computing", WARNING, text, advice)
     return Finding("Computing", OK, text)
 
 
@@ -227,45 +221,36 @@ def _library(libraries: Path) -> Finding:
     return Finding("PostgreSQL", WARNING, text, "Run `make install`.")
 
 
-def _servers(processes: Path = Path("/proc")) -> list[Finding]:
+def _servers() -> list[Finding]:
     """Reports what the servers of this machine preload, as far as this command's user may look into them."""
     found = []
-    for process in sorted(processes.glob("[0-9]*"), key=lambda process: int(process.name)):
-        try:
+    for process in sorted(psutil.process_iter(), key=lambda process: process.pid):
+        with suppress(psutil.Error, OSError):
             if _is_postmaster(process):
                 found.append(_server(process))
-        except OSError:
-            continue
     return found
 
 
-def _is_postmaster(process: Path) -> bool:
+def _is_postmaster(process: psutil.Process) -> bool:
     if _program(process) != "postgres":
         return False
-    parent = re.search(r"^PPid:\s*(\d+)$", (process / "status").read_text(encoding="utf-8"), re.MULTILINE)
-    return parent is not None and _program(process.parent / parent[1]) != "postgres"
+    parent = process.parent()
+    return parent is None or _program(parent) != "postgres"
 
 
-def _program(process: Path) -> str:
+def _program(process: psutil.Process) -> str:
     try:
-        return (process / "exe").readlink().name
-    except OSError:  # another user's
+        return Path(process.exe()).name
+    except psutil.Error:  # another user's
         return ""
 
 
-def _environment(process: Path) -> dict[str, str]:
-    """Returns the environment as it was when the process started."""
-    variables = (process / "environ").read_text(encoding="utf-8", errors="replace").split("\0")
-    return {name: value for name, _, value in (variable.partition("=") for variable in variables) if name}
-
-
-def _server(process: Path) -> Finding:
-    libraries = (process / "maps").read_text(encoding="utf-8")
-    threads = len(list((process / "task").iterdir()))
-    text = f"server in {(process / 'cwd').readlink()}"
+def _server(process: psutil.Process) -> Finding:
+    libraries = " ".join(mapped.path for mapped in process.memory_maps())
+    threads, environment = process.num_threads(), process.environ()
+    text = f"server in {process.cwd()}"
     if "/autoembed_preload.so" not in libraries:
         return Finding("PostgreSQL", INFO, f"{text}: preloads no models")
-    environment = _environment(process)
     if missing := _missing(environment):
         errors = "; ".join(map(str, missing))
         return Finding(

@@ -13,7 +13,7 @@ from autoembed.encoding.interrupts import nothing
 from autoembed.encoding.protocol import Tokenized
 from autoembed.encoding.reading import Reader
 from autoembed.errors import BrokenModel, MissingPackage, OutOfMemory
-from autoembed.process import environment, memory
+from autoembed.process import environment, memory, threads
 
 if TYPE_CHECKING:
     from autoembed.models.model import Model
@@ -72,7 +72,8 @@ class StEncoder:
         if model.precision != PRECISION:
             reason = f"sentence-transformers serves it on {device}, and that in {PRECISION}, not {model.precision}"
             raise BrokenModel(name=model.name, reason=reason, hint="Add it again without --precision.")
-        set_threads(settings.threads)
+        if settings.threads is not None:
+            threads.use(settings.threads)
         transformer = _open(model, device)
         transformer.max_seq_length = model.max_tokens
         return cls(model, transformer, device)
@@ -105,7 +106,8 @@ class StEncoder:
         self.max_texts, self.token_budget = CPU_BATCH if device == "cpu" else GPU_BATCH
 
     def use_threads(self, fixed: int | None) -> None:
-        set_threads(fixed)
+        if fixed is not None:
+            threads.use(fixed)
 
     def free_memory(self) -> None:
         self._release()
@@ -121,13 +123,6 @@ class StEncoder:
             import torch
 
             torch.cuda.empty_cache()
-
-
-def set_threads(threads: int | None) -> None:
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _open(model: Model, device: str) -> Any:

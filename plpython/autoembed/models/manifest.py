@@ -12,7 +12,6 @@ from typing import Any
 
 FILE = "autoembed.json"
 FORMAT = 1
-CHUNK = 1 << 20
 
 # Copied for their readers; they decide no vector and so are no part of the fingerprint.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -135,11 +134,8 @@ def paths(folder: Path) -> Iterator[str]:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hash_files(folder: Path, names: Iterable[str]) -> dict[str, File]:

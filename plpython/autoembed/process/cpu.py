@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from pathlib import Path
 
+from autoembed.process.threads import blas_libraries
+
 CPUINFO = Path("/proc/cpuinfo")
+OTHERS = "scipy"
+"""In the name of the BLAS that numpy and scipy carry, each its own."""
 SLOW_GFLOPS = 10.0
 BLAS_HINT = "This looks like the reference BLAS, which makes embedding many times slower. Debian: libopenblas0-openmp."
 # Any one of them will do.
@@ -36,10 +41,15 @@ def lacks(precision: str) -> str | None:
     return f"this processor ({platform.machine()}) has none of {names}: {precision} would be slower than float32"
 
 
-def blas(maps: Path = Path("/proc/self/maps")) -> str | None:
-    """Returns the file of the system's BLAS, if that is what torch was linked to; None where torch carries its own."""
-    lines = maps.read_text().splitlines() if maps.exists() else []
-    return min((line.split()[-1] for line in lines if "/libblas.so" in line), default=None)
+def blas() -> str:
+    """Returns by which library torch multiplies in float32; the reference BLAS is known by no name but torch's."""
+    import torch
+
+    mine = [library for library in blas_libraries() if OTHERS not in library.prefix]
+    if mine:
+        return f"{mine[0].internal_api} {mine[0].version}, {mine[0].threading_layer}, for {mine[0].architecture}"
+    found = re.search(r"BLAS_INFO=(\w+)", torch._C._show_config())
+    return found[1] if found else "unknown"
 
 
 def matmul_gflops(size: int = 768) -> float:

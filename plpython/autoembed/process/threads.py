@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 CGROUP = Path("/sys/fs/cgroup")
 STAT = Path("/proc/stat")
@@ -21,6 +23,31 @@ WORK_FOR_ONE = 3_000_000_000
 # but a pass of a large model on one thread must fit into it.
 SHORTEST_LOOK, LONGEST_LOOK = 0.1, 10.0
 SAMPLES, BETWEEN_SAMPLES = 3, 0.002
+
+
+def use(count: int) -> None:
+    """Has torch compute with so many threads from now on."""
+    import torch
+
+    torch.set_num_threads(count)
+    for library in blas_libraries():
+        library.set_num_threads(count)
+
+
+@cache
+def blas_libraries() -> list[Any]:
+    """Returns the system's BLAS that torch may be linked to: built with pthreads, it does not go by torch's number.
+
+    Empty where torch carries MKL, and so in most sessions: looking through all libraries costs them nothing.
+    """
+    import torch
+
+    if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return []
+    from threadpoolctl import ThreadpoolController
+
+    found: list[Any] = ThreadpoolController().select(user_api="blas").lib_controllers
+    return found
 
 
 class Policy:

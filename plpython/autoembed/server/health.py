@@ -17,7 +17,7 @@ from autoembed import settings
 from autoembed.errors import AutoembedError, MissingPackage, NoDefaultModel
 from autoembed.models import directory
 from autoembed.models.model import PACKED_ENCODER, Model
-from autoembed.process import cpu, device
+from autoembed.process import cpu, device, threads
 from autoembed.server import preloaded
 from autoembed.settings import Settings
 
@@ -119,12 +119,12 @@ def one_core_gflops() -> float:
     """Measures one: two threads on busy cores would wait for each other for longer than all of it takes."""
     import torch
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    threads.use(1)
     try:
         return cpu.matmul_gflops(SMALL_PRODUCT)
     finally:
-        torch.set_num_threads(threads)
+        threads.use(before)
 
 
 def check_preload(gd: dict[str, Any], model: Model | None) -> Check:

@@ -21,7 +21,7 @@ from autoembed.encoding.load import load_encoder
 from autoembed.errors import ApiMismatch, AutoembedError, BrokenModel
 from autoembed.models import directory
 from autoembed.models.model import MEGABYTE
-from autoembed.process import environment, memory, signals
+from autoembed.process import environment, memory, signals, threads
 from autoembed.process.device import resolve
 from autoembed.server.preloaded import KEY, Preloaded
 
@@ -89,7 +89,7 @@ def import_torch(loaded: Preloaded) -> None:
 
     if torch.get_num_threads() > 1:
         loaded.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        threads.use(1)
 
 
 def load_warm(model: Model, wanted: Settings, device: str) -> Encoder:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from autoembed.models import directory
+from autoembed.process import threads
 from autoembed.process.device import resolve
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def take(gd: dict[str, Any], model: Model, current: Settings) -> Encoder | None:
 
 def wake(loaded: Preloaded, encoder: Encoder, current: Settings) -> Encoder | None:
     """Gives the encoder threads and its device, which begin after the fork."""
-    import torch
-
-    torch.set_num_threads(current.threads or loaded.threads)
+    threads.use(current.threads or loaded.threads)
     encoder.use_threads(current.threads)
     device = resolve(current.device)
     if device == encoder.device:

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
+import torch
 
 from autoembed.command import cli, doctor
 from autoembed.command.doctor import INFO, OK, WARNING, WRONG, Finding
@@ -115,33 +121,24 @@ def test_a_reference_blas_is_a_warning() -> None:
     assert doctor._blas("mkl", 190).status == OK
 
 
-def test_a_blas_with_threads_of_its_own_is_a_warning() -> None:
-    own = doctor._blas("/usr/lib/openblas-pthread/libblas.so.3", 190)
-    assert own.status == WARNING
-    assert "EMBEDDING_THREADS" in own.advice
-    assert doctor._blas("/usr/lib/openblas-openmp/libblas.so.3", 190).status == OK
+def test_the_machine_is_there(environ: dict[str, str]) -> None:
+    found = texts(doctor._computing(environ), INFO)
+    assert re.search(r"^CPU: (\d+|\?) cores, \d+ threads, ", found, re.MULTILINE)
+    assert re.search(r"^memory: \d+\.\d of \d+\.\d GiB available", found, re.MULTILINE)
 
 
-def test_the_blas_is_the_one_that_is_loaded(tmp_path: Path) -> None:
-    maps = tmp_path / "maps"
-    maps.write_text("7f-80 r-xp 0 08:01 7 /usr/lib/python3/libx.so\n81-82 r-xp 0 08:01 8 /usr/lib/blas/libblas.so.3\n")
-    assert cpu.blas(maps) == "/usr/lib/blas/libblas.so.3"
-    maps.write_text("7f-80 r-xp 0 08:01 7 /usr/lib/python3/libx.so\n")
-    assert cpu.blas(maps) is None
+def test_the_blas_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy's own is not torch's."""
+    assert cpu.blas() == "mkl" if torch.backends.mkl.is_available() else " " in cpu.blas()  # type: ignore[no-untyped-call]
+    kind = {"internal_api": "openblas", "version": "0.3.29", "threading_layer": "pthreads", "architecture": "Zen"}
+    numpys = SimpleNamespace(prefix="libscipy_openblas", **kind)
+    monkeypatch.setattr(cpu, "blas_libraries", lambda: [numpys, SimpleNamespace(prefix="libblas", **kind)])
+    assert cpu.blas() == "openblas 0.3.29, pthreads, for Zen"
 
 
 def test_a_device_that_is_not_there(environ: dict[str, str]) -> None:
     assert doctor._device(environ).status == OK
     assert doctor._device(environ | {"EMBEDDING_DEVICE": "mps"}).status == WRONG
-
-
-def test_cpu_flags(tmp_path: Path) -> None:
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor : 0\nflags\t\t: fpu avx2 avx512_bf16 amx_bf16\n\nprocessor : 1\n")
-    assert doctor.cpu_flags(info) == ["avx2", "avx512_bf16", "amx_bf16"]
-    info.write_text("nothing")
-    assert doctor.cpu_flags(info) == []
-    assert doctor.cpu_flags(tmp_path / "missing") == []
 
 
 def test_the_commands_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,18 +148,52 @@ def test_the_commands_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         assert f"  {status:<8}text\n          -> advice" in capsys.readouterr().out
 
 
-def process(
-    folder: Path, parent: int, program: str = "/usr/bin/postgres", maps: str = "", threads: int = 1, environ: str = ""
-) -> None:
-    """What /proc says of one."""
-    folder.mkdir(parents=True)
-    (folder / "exe").symlink_to(program)
-    (folder / "cwd").symlink_to("/data")
-    (folder / "status").write_text(f"Name:\tpostgres\nPPid:\t{parent}\n")
-    (folder / "maps").write_text(maps)
-    (folder / "environ").write_text(environ)
-    for thread in range(threads):
-        (folder / "task" / str(thread)).mkdir(parents=True)
+@dataclass
+class Process:
+    """What psutil says of one."""
+
+    pid: int
+    above: Process | None
+    program: str = "/usr/bin/postgres"
+    maps: str = ""
+    threads: int = 1
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def parent(self) -> Process | None:
+        return self.above
+
+    def exe(self) -> str:
+        if self.program == "hidden":
+            raise psutil.AccessDenied(self.pid)
+        return self.program
+
+    def memory_maps(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(path=path) for path in self.maps.split()]
+
+    def num_threads(self) -> int:
+        return self.threads
+
+    def environ(self) -> dict[str, str]:
+        return self.variables
+
+    def cwd(self) -> str:
+        return "/data"
+
+
+INIT = Process(1, None, program="/sbin/init")
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Finding]]:
+    """servers(process, ...): what the doctor says of a machine with them."""
+
+    def look(*processes: Process) -> list[Finding]:
+        children = [Process(each.pid + 1, each) for each in processes]
+        hidden = Process(2, INIT, program="hidden")
+        monkeypatch.setattr(psutil, "process_iter", lambda: [*children, hidden, *processes, INIT])
+        return doctor._servers()
+
+    return look
 
 
 @pytest.mark.parametrize(
@@ -174,26 +205,31 @@ def process(
         ("/lib/autoembed_preload.so /lib/libtorch_cpu.so", 1, OK, "preloads models"),
     ],
 )
-def test_what_a_running_server_preloads(tmp_path: Path, libraries: str, threads: int, status: str, words: str) -> None:
-    process(tmp_path / "1", 0, program="/sbin/init")
-    process(tmp_path / "7", 1, maps=libraries, threads=threads)
-    process(tmp_path / "8", 7)
-    (check,) = doctor._servers(tmp_path)
+def test_what_a_running_server_preloads(
+    servers: Callable[..., list[Finding]], libraries: str, threads: int, status: str, words: str
+) -> None:
+    (check,) = servers(Process(7, INIT, maps=libraries, threads=threads))
     assert check.status == status
     assert words in check.text
 
 
-def test_what_a_running_server_was_to_preload(tmp_path: Path, shelf: Settings) -> None:
+def test_what_a_running_server_was_to_preload(servers: Callable[..., list[Finding]], shelf: Settings) -> None:
     """By its own environment, not by this command's."""
     variables = {"EMBEDDING_MODEL_DIR": str(shelf.model_dir), "EMBEDDING_PRELOAD": "no-such,all-MiniLM-L6-v2"}
-    environ = "".join(f"{name}={value}\0" for name, value in variables.items())
-    process(tmp_path / "1", 0, program="/sbin/init")
-    process(tmp_path / "7", 1, maps="/lib/autoembed_preload.so /lib/libtorch_cpu.so", environ=environ)
-    (check,) = doctor._servers(tmp_path)
+    both = "/lib/autoembed_preload.so /lib/libtorch_cpu.so"
+    wrong = Process(7, INIT, maps=both, variables=variables)
+    (check,) = servers(wrong)
     assert check.status == WRONG
     assert check.text.startswith('server in /data: EMBEDDING_PRELOAD of its environment: model "no-such" is not in')
-    environ = environ.replace("no-such,", "")
-    process(tmp_path / "9", 1, maps="/lib/autoembed_preload.so", environ=environ)
-    assert texts(doctor._servers(tmp_path), WARNING).startswith("server in /data: has autoembed_preload, but no model")
-    process(tmp_path / "11", 1, maps="/lib/autoembed_preload.so /lib/libtorch_cpu.so", environ=environ)
-    assert texts(doctor._servers(tmp_path), OK).startswith("server in /data: preloads models (all-MiniLM-L6-v2);")
+    variables = variables | {"EMBEDDING_PRELOAD": "all-MiniLM-L6-v2"}
+    failed = Process(9, None, maps="/lib/autoembed_preload.so", variables=variables)  # of a container: no parent
+    found = servers(wrong, failed, Process(11, INIT, maps=both, variables=variables))
+    assert [check.status for check in found] == [WRONG, WARNING, OK]
+    assert found[1].text.startswith("server in /data: has autoembed_preload, but no model")
+    assert found[2].text.startswith("server in /data: preloads models (all-MiniLM-L6-v2);")
+
+
+def test_a_real_process_is_looked_into() -> None:
+    me = psutil.Process()
+    assert doctor._program(me).startswith("python")
+    assert doctor._server(me).text.startswith(f"server in {Path.cwd()}: preloads no models")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import threadpoolctl
+import torch
 
 from autoembed.process import threads
 from autoembed.process.threads import Policy
@@ -167,3 +171,30 @@ def test_the_kernels_own_figures_can_be_read() -> None:
     first = threads.meter()()
     assert 0 < first <= threads.meter()()
     assert threads.cores() >= 1
+
+
+@pytest.fixture
+def linked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if torch were linked to the BLAS that numpy brings along, an OpenBLAS with pthreads."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    threads.blas_libraries.cache_clear()
+    yield
+    threads.use(before)
+    threads.blas_libraries.cache_clear()
+
+
+def test_a_blas_with_threads_of_its_own_has_as_many_as_torch(linked: None) -> None:
+    for count in (1, 2):
+        threads.use(count)
+        own = [each["num_threads"] for each in threadpoolctl.threadpool_info() if each["user_api"] == "blas"]
+        assert own
+        assert set(own) == {torch.get_num_threads()} == {count}
+
+
+def test_where_torch_has_its_own_nothing_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    threads.blas_libraries.cache_clear()
+    assert threads.blas_libraries() == []
+    threads.blas_libraries.cache_clear()

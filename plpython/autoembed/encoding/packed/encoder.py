@@ -99,7 +99,7 @@ class PackedEncoder:
         return self.pipeline.tokenizer.tokenize(texts, prompt, checkpoint)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
-        torch.set_num_threads(self.policy.threads(sum(text.length for text in texts)))
+        threads.use(self.policy.threads(sum(text.length for text in texts)))
         if not all(text.length for text in texts):
             raise ValueError("a text without any token has no vector")
         return self.pipeline.encode(texts, Sparse(checkpoint))
