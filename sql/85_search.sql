@@ -238,6 +238,14 @@ begin atomic
          order by distance', query, nearest);
 end;
 
+-- The row's key as an object of its columns, as searches return it.
+create function autoembed.key_expression(s autoembed.column_sql) returns text
+language sql immutable
+begin atomic
+    select format('pg_catalog.jsonb_build_object(%s)', string_agg(format('%L, t.%1$I', u.name), ', ' order by u.n))
+    from unnest(s.key_names) with ordinality as u (name, n);
+end;
+
 -- The k nearest rows. An index scan may miss some of them in silence: rows in lists that it does not probe, or rows that
 -- come after all those that a filter takes away, up to pgvector's own limits. `surely` then reads the table as well.
 create function autoembed.search_statement(s autoembed.column_sql, filter jsonb, surely boolean) returns text
@@ -248,8 +256,7 @@ begin atomic
     from (
         select d.nearest, format(
             'select (%s) as key, %s as distance, %s as content from %s t where t.%s is not null%s',
-            (select format('pg_catalog.jsonb_build_object(%s)', string_agg(format('%L, t.%1$I', u.name), ', ' order by u.n))
-             from unnest(s.key_names) with ordinality as u (name, n)),
+            autoembed.key_expression(s),
             d.nearest, s.content, s.rows, s.target,
             case when filter <> '{}' then ' and ' || autoembed.filter_condition(s.relation, filter) end) as query
         from format('t.%s operator(%s.<=>) $1::%s', s.target,
@@ -335,6 +342,31 @@ begin
 end
 $$;
 
+create function autoembed.check_search(relation regclass, s autoembed.column_sql, k integer) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    if (k between 1 and 1000) is not true then
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('k is %s', coalesce(k::text, 'null')), hint = 'k is 1 to 1000.';
+    end if;
+    perform autoembed.check_key(relation);
+    perform autoembed.check_model(s);
+end
+$$;
+
+create function autoembed.search_nearest(
+    s autoembed.column_sql, question text, k integer, filter jsonb,
+    out key jsonb, out distance double precision, out content text)
+returns setof record
+language plpgsql stable parallel unsafe rows 10 as $$
+declare
+    former pg_catalog.jsonb := autoembed.widen_search(s, k);
+begin
+    return query execute autoembed.search_statement(s, filter, autoembed.may_miss(s, filter)) using question, k, filter;
+    perform autoembed.narrow_search(former);
+end
+$$;
+
 create function embed_search(
     relation regclass, query text, k integer default 10, target name default 'embedding', filter jsonb default null,
     out key jsonb, out distance double precision, out content text)
@@ -342,21 +374,14 @@ returns setof record
 language plpgsql stable parallel unsafe rows 10 as $$
 declare
     s autoembed.column_sql := autoembed.column_sql_of(autoembed.find(relation, target));
-    question pg_catalog.text;
-    former pg_catalog.jsonb;
 begin
-    if (k between 1 and 1000) is not true then
-        raise exception using errcode = 'invalid_parameter_value',
-            message = pg_catalog.format('k is %s', coalesce(k::pg_catalog.text, 'null')), hint = 'k is 1 to 1000.';
-    elsif query is null then
+    perform autoembed.check_search(relation, s, k);
+    if query is null then
         raise exception using errcode = 'null_value_not_allowed', message = 'the query is null';
     end if;
-    perform autoembed.check_key(relation);
-    perform autoembed.check_model(s);
-    question := @extschema@.embed(query, s.model, 'query')::pg_catalog.text;
-    former := autoembed.widen_search(s, k);
-    return query execute autoembed.search_statement(s, filter, autoembed.may_miss(s, filter)) using question, k, filter;
-    perform autoembed.narrow_search(former);
+    return query
+        select f.key, f.distance, f.content
+        from autoembed.search_nearest(s, @extschema@.embed(query, s.model, 'query')::pg_catalog.text, k, filter) f;
 end
 $$;
 

@@ -21,7 +21,14 @@ FILL = "call embed_pending(relation => 'docs')"
 ROLES = ("nobody", "searcher", "owner", "filler")
 INTERFACE = "select p.oid::regprocedure::text from pg_proc p join pg_depend d on d.objid = p.oid and d.deptype = 'e' "
 INTERFACE += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_autoembed' where p.pronamespace "
-ENCODING = {"embed(text,text,text)", "embed(text[],text,text)", "embed_search(regclass,text,integer,name,jsonb)"}
+ENCODING = {
+    "embed(text,text,text)",
+    "embed(text[],text,text)",
+    "embed_search(regclass,text,integer,name,jsonb)",
+    "embed_search(regclass,text[],integer,name,jsonb)",
+    "embed_similar(regclass,jsonb,integer,name,jsonb)",
+    "embed_duplicates(regclass,double precision,name)",
+}
 DECLARING = {
     "embed_column(regclass,name[],name,text,text,boolean,text,boolean,boolean,name,text)",
     "embed_column(regclass,name,name,text,text,boolean,text,boolean,boolean,name,text)",
