@@ -14,7 +14,7 @@ JOBS ?= $(shell nproc)
 export PG_CONFIG PYTHON TORCH_VERSION TORCH_INDEX AUTOEMBED_BIN DEMO_MODEL JOBS DESTDIR PYTEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit test-all up down dsn psql install dependencies uninstall bench lint lock clean dev image image-test
+.PHONY: help demo test unit test-all up down dsn psql install dependencies uninstall bench lint lock golden clean dev image image-test
 .NOTPARALLEL:
 
 help:       ## this list
@@ -78,6 +78,9 @@ uninstall:  ## take it away again; models stay
 
 bench: up dev  ## the benchmarks, printed as a table (BENCH="pipeline --rows 512" chooses)
 	@scripts/run.sh bench/run $(BENCH)
+
+golden: install dev  # tests/golden/interface.txt, after an agreed change of what users call
+	@scripts/golden.sh
 
 lock:       # constraints.txt, after a change of pyproject.toml's packages (LOCK=--upgrade: with newer versions of all others)
 	@scripts/lock.sh $(LOCK)
