@@ -18,6 +18,15 @@ create table autoembed.registration (
     unique (relation, target)
 );
 
+-- The relations of a partitioned table that is declared, when they were last looked at, itself among them: so it is
+-- known which partition has come, and which has gone.
+create table autoembed.partition (
+    registration bigint not null references autoembed.registration on delete cascade,
+    relation oid not null,
+    primary key (registration, relation)
+);
+create index on autoembed.partition (relation);
+
 -- One row a round: what embedding_throughput adds up. Rows older than a day are deleted by later calls.
 create table autoembed.run (
     id bigint generated always as identity primary key,

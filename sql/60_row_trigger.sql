@@ -189,14 +189,17 @@ end
 $$;
 
 -- '~' sorts behind all ascii letters; where a user's trigger sorts behind that, ours takes its name and adds one more.
--- Renames the trigger that is there already.
+-- Renames the trigger that is there already. A partitioned table's has a name of its own: PostgreSQL copies it to the
+-- partitions, and a table that is attached may be declared, too.
 create function autoembed.name_row_trigger(r autoembed.registration) returns name
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     former name := (select t.tgname from pg_trigger t where t.oid = autoembed.row_trigger(r));
     last text := autoembed.last_trigger(r.relation);
+    is_partitioned boolean := (select c.relkind = 'p' from pg_class c where c.oid = r.relation);
     wanted name := coalesce(former, autoembed.free_trigger_name(
-        r.relation, '~autoembed_' || autoembed.column_name(r.relation, r.target)));
+        r.relation, format('~autoembed_%s%s', autoembed.cut(autoembed.column_name(r.relation, r.target), 40),
+                           case when is_partitioned then '_' || r.relation end)));
 begin
     if wanted::text collate "C" <= last collate "C" then
         if octet_length(last) > 58 then
@@ -233,15 +236,19 @@ $$;
 
 create function autoembed.drop_triggers(relation oid, row_trigger oid, target name) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
-declare
-    trigger name;
 begin
-    for trigger in
-        select t.tgname from pg_trigger t where t.oid = row_trigger and t.tgrelid = relation
-        union all
-        select * from autoembed.statement_triggers(relation, target)
-    loop
+    perform autoembed.drop_trigger(relation, t.tgname) from pg_trigger t
+    where t.oid = row_trigger and t.tgrelid = relation;
+    perform autoembed.drop_statement_triggers(relation, target);
+end
+$$;
+
+-- With one of them others may have gone: see on_drop.
+create function autoembed.drop_trigger(relation oid, trigger name) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+begin
+    if exists (select from pg_trigger t where t.tgrelid = relation and t.tgname = trigger) then
         execute format('drop trigger %I on %s', trigger, relation::regclass);
-    end loop;
+    end if;
 end
 $$;

@@ -11,8 +11,9 @@ if "autoembed 1" not in GD:
 GD["autoembed 1"].embed_rows(int(TD["relid"]), TD["args"][0])
 $$;
 
--- What embed_rows asks for: which registration, and the query over the transition table. Nothing where the writer may
--- not write the vector, the column is paused, or the owner was never given embed_column.
+-- What embed_rows asks for: which registration, and the query over the transition table of the relation that the
+-- statement names, the declared one or a partition of it. Nothing where the writer may not write the vector, the column
+-- is paused, or the owner was never given embed_column.
 create function autoembed.immediate(
     relation oid, target name, out registration bigint, out generation bigint, out model text, out fingerprint text,
     out label text, out dimensions integer, out column_sql text, out query text)
@@ -23,9 +24,9 @@ declare
     s autoembed.column_sql;
 begin
     select g.* into r
-    from autoembed.registration g
-    where g.relation = immediate.relation and autoembed.column_name(g.relation, g.target) = immediate.target
-      and g.enabled and g.mode = 'immediate';
+    from (select immediate.relation as oid union select p.relid from pg_partition_ancestors(immediate.relation) p) named
+    join autoembed.registration g on g.relation = named.oid
+    where autoembed.column_name(g.relation, g.target) = immediate.target and g.enabled and g.mode = 'immediate';
     s := autoembed.column_sql_of(r.id);
     if s.relation is null
         or not has_any_column_privilege(s.relation, 'select')
@@ -49,18 +50,31 @@ begin
 end
 $$;
 
--- Of a target that is null: those that name no column of the relation any more.
-create function autoembed.statement_triggers(relation oid, target name) returns setof name
+-- Statement triggers fire for the relation that a statement names: so they stand on the declared relation, on its
+-- partitions, and on theirs. Of a target that is null: those that name no column of the relation any more.
+create function autoembed.statement_triggers(relation oid, target name, out place oid, out name name, out event text)
+returns setof record
 language sql stable
 begin atomic
-    select t.tgname
-    from pg_catalog.pg_trigger t
+    select t.tgrelid, t.tgname, case when t.tgtype & 4 = 4 then 'insert' else 'update' end
+    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    join pg_catalog.pg_trigger t on t.tgrelid = r.oid and t.tgfoid = 'autoembed.embed_rows()'::regprocedure
     cross join lateral (select (autoembed.arguments_of(t.oid))[1] as target) named
-    where t.tgrelid = relation and t.tgfoid = 'autoembed.embed_rows()'::regprocedure
-      and case when statement_triggers.target is not null then named.target = statement_triggers.target::text
+    where case when statement_triggers.target is not null then named.target = statement_triggers.target::text
                else not exists (select from pg_catalog.pg_attribute a
-                                where a.attrelid = relation and a.attname::text = named.target
+                                where a.attrelid = t.tgrelid and a.attname::text = named.target
                                   and not a.attisdropped) end;
+end;
+
+create function autoembed.missing_statement_triggers(relation oid, target name, out place oid, out event text)
+returns setof record
+language sql stable
+begin atomic
+    select r.oid, e.event
+    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    cross join (values ('insert'), ('update')) e (event)
+    where not exists (select from autoembed.statement_triggers(r.oid, target) t
+                      where t.place = r.oid and t.event = e.event);
 end;
 
 create function autoembed.install_statement_triggers(registration bigint) returns void
@@ -68,22 +82,33 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
     target name := autoembed.target_name(registration);
+    missing record;
     trigger name;
-    event text;
 begin
     select * into r from autoembed.registration g where g.id = install_statement_triggers.registration;
-    for trigger in select * from autoembed.statement_triggers(r.relation, target) loop
-        execute format('drop trigger %I on %s', trigger, r.relation::regclass);
-    end loop;
     if r.mode <> 'immediate' then
+        perform autoembed.drop_statement_triggers(r.relation, target);
         return;
     end if;
-    foreach event in array array['insert', 'update'] loop
-        trigger := autoembed.free_trigger_name(r.relation, format('~autoembed_%s_%s', autoembed.cut(target, 40), event));
+    for missing in select * from autoembed.missing_statement_triggers(r.relation, target) loop
+        trigger := autoembed.free_trigger_name(
+            missing.place, format('~autoembed_%s_%s', autoembed.cut(target, 40), missing.event));
         execute format(
-            'create trigger %I after %s on %s referencing new table as autoembed_new for each statement execute function autoembed.embed_rows(%L)',
-            trigger, event, r.relation::regclass, target);
-        execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, r.relation::regclass);
+            'create trigger %I after %s on %s referencing new table as autoembed_new
+             for each statement execute function autoembed.embed_rows(%L)',
+            trigger, missing.event, missing.place::regclass, target);
+        execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, missing.place::regclass);
+    end loop;
+end
+$$;
+
+create function autoembed.drop_statement_triggers(relation oid, target name) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    t record;
+begin
+    for t in select * from autoembed.statement_triggers(relation, target) loop
+        perform autoembed.drop_trigger(t.place, t.name);
     end loop;
 end
 $$;

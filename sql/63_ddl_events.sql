@@ -61,6 +61,10 @@ declare
     trigger record;
     id bigint;
 begin
+    if tg_tag = 'CREATE TABLE' and not exists (
+        select from pg_event_trigger_ddl_commands() d join pg_inherits i on i.inhrelid = d.objid) then
+        return;  -- of new tables, partitions alone concern us
+    end if;
     for trigger in
         select t.oid
         from pg_event_trigger_ddl_commands() d
@@ -75,13 +79,16 @@ begin
     -- a column of the key may have another name now
     update autoembed.registration r set generation = r.generation + 1
     where r.relation = any (touched) and exists (
-        select from pg_event_trigger_ddl_commands() d where d.classid = 'pg_class'::regclass);
+        select from pg_event_trigger_ddl_commands() d
+        where d.classid = 'pg_class'::regclass and d.command_tag <> 'CREATE TABLE');
     for id in
         with near as materialized (select r from autoembed.registration r where r.relation = any (touched))
         select (n.r).id from near n where autoembed.is_outdated(n.r)
     loop
         perform autoembed.follow(id);
     end loop;
+    perform autoembed.follow_partitions(r) from autoembed.registration r
+    join pg_class c on c.oid = r.relation and c.relkind = 'p' where r.relation = any (touched);
     -- ENABLE TRIGGER ALL, as loaders do, would leave a subscriber's vectors stale
     for trigger in
         with near as materialized (
@@ -110,15 +117,12 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
     former text;
-    trigger name;
 begin
     select * into r from autoembed.registration g where g.id = registration;
     former := (autoembed.arguments_of(autoembed.row_trigger(r)))[1];
     update autoembed.registration g set generation = g.generation + 1 where g.id = r.id;
     perform autoembed.install_row_trigger(registration);
-    for trigger in select * from autoembed.statement_triggers(r.relation, former::name) loop
-        execute format('drop trigger %I on %s', trigger, r.relation::regclass);
-    end loop;
+    perform autoembed.drop_statement_triggers(r.relation, former::name);
     perform autoembed.install_statement_triggers(registration);
 end
 $$;
@@ -151,11 +155,14 @@ begin
         perform autoembed.drop_triggers(r.relation, r.row_trigger, coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
         perform autoembed.drop_pending_index(r.relation, r.target);
     end loop;
+    delete from autoembed.partition p using pg_event_trigger_dropped_objects() d
+    where d.object_type = 'table' and p.relation = d.objid;
 end
 $$;
 
 create event trigger autoembed_on_ddl on ddl_command_end
-    when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE') execute function autoembed.on_ddl();
+    when tag in ('CREATE TABLE', 'CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE')
+    execute function autoembed.on_ddl();
 alter event trigger autoembed_on_ddl enable always;
 create event trigger autoembed_on_drop on sql_drop execute function autoembed.on_drop();
 alter event trigger autoembed_on_drop enable always;

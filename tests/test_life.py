@@ -362,6 +362,24 @@ def test_without_one_table(original: Connection, restore: Restore) -> None:
     assert copy.execute(DECLARATIONS).fetchall() == [before[0], before[2]]
 
 
+@pytest.mark.parametrize("custom", [False, True])
+def test_partitioned_table_with_an_immediate_column(original: Connection, restore: Restore, custom: bool) -> None:
+    """Its partitions have statement triggers of their own, which come with the dump as well."""
+    original.execute(
+        "create table parted (id int primary key, content text, embedding vector(32)) partition by list (id)"
+    )
+    original.execute("create table part partition of parted for values in (1, 2)")
+    original.execute("select embed_column('parted', 'content', 'embedding', %s, 'immediate')", [TINY])
+    copy = restore(custom=custom)
+    for relation in ("parted", "part"):
+        assert len(machinery(copy, relation)) == 5
+        assert machinery(copy, relation) == machinery(original, relation)
+    copy.execute("insert into part values (1, 'one')")
+    copy.execute("create table part2 partition of parted default")
+    copy.execute("insert into part2 values (3, 'three')")
+    assert scalar(copy, "select count(embedding) from parted") == 2
+
+
 def test_schema_only(original: Connection, restore: Restore) -> None:
     copy = restore("--schema-only")
     assert copy.execute(DECLARATIONS).fetchall() == original.execute(DECLARATIONS).fetchall()

@@ -446,6 +446,58 @@ def test_partitioned_table_at_once(warm: Connection) -> None:
     assert max(9 if d is None else d for d in distance(warm)) < 1e-5
 
 
+PARTS = (
+    "create table low partition of docs for values from (0) to (10)",
+    "create table mid partition of docs for values from (10) to (30) partition by range (id)",
+    "create table mid1 partition of mid for values from (10) to (20)",
+)
+STATEMENT_TRIGGERS = """
+    select t.tgrelid::regclass::text, count(*) from pg_trigger t join pg_class c on c.oid = t.tgrelid
+    where t.tgfoid = 'autoembed.embed_rows()'::regprocedure and c.relnamespace = current_schema()::regnamespace
+    group by 1 order by 1"""
+
+
+@pytest.fixture
+def parted(warm: Connection) -> Connection:
+    """A partitioned table with an immediate column; some partitions were there before, others come later."""
+    warm.execute(PARTED)
+    for statement in PARTS[:2]:
+        warm.execute(statement)
+    warm.execute(DECLARE, ["immediate"])
+    warm.execute(PARTS[2])
+    warm.execute("create table later (note text, content text, embedding vector(32), id int not null)")
+    warm.execute("insert into later (id, content) values (24, 'was there')")
+    warm.execute("alter table mid attach partition later for values from (20) to (30)")
+    return warm
+
+
+@pytest.mark.parametrize("name", ["docs", "low", "mid", "mid1", "later"])
+def test_statement_that_names_a_partition(parted: Connection, name: str) -> None:
+    first = {"docs": 1, "low": 1, "mid": 11, "mid1": 11, "later": 21}[name]
+    parted.execute("delete from docs where id = 24")
+    parted.execute(
+        f"insert into {name} (id, content) select n, 'text ' || n from generate_series(%s::int, %s) n",
+        [first, first + 2],
+    )
+    assert max(9 if d is None else d for d in distance(parted)) < 1e-5
+    parted.execute(f"update {name} set content = 'changed' where id = %s", [first])
+    far = distance(parted)
+    assert len(far) == 3
+    assert max(9 if d is None else d for d in far) < 1e-5
+
+
+def test_statement_triggers_stand_on_each_partition(parted: Connection) -> None:
+    everywhere = [(name, 2) for name in ("docs", "later", "low", "mid", "mid1")]
+    assert parted.execute(STATEMENT_TRIGGERS).fetchall() == everywhere
+    parted.execute("alter table docs rename embedding to vec; alter table docs rename vec to embedding")
+    assert parted.execute(STATEMENT_TRIGGERS).fetchall() == everywhere
+    parted.execute("select embed_column_set('docs', 'embedding', mode => 'deferred')")
+    assert parted.execute(STATEMENT_TRIGGERS).fetchall() == []
+    parted.execute("select embed_column_set('docs', 'embedding', mode => 'immediate')")
+    parted.execute("select embed_column_drop('docs')")
+    assert parted.execute(STATEMENT_TRIGGERS).fetchall() == []
+
+
 def test_large_statement_stays_pending(live: Connection) -> None:
     live.execute("insert into docs select n, 'text ' || n from generate_series(1, 129) n")
     assert scalar(live, "select count(embedding) from docs") == 0

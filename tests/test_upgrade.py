@@ -64,7 +64,7 @@ begin atomic
 end"""
 RUN_SECONDS = "    write_seconds double precision not null\n);"
 WITH_DEVICE = RUN_SECONDS.replace("not null\n", "not null,\n    device text\n")
-DDL_TAGS = "when tag in ('CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE')"
+DDL_TAGS = "when tag in ('CREATE TABLE', 'CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE')"
 
 CHANGES = {
     "column": change(

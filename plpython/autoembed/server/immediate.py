@@ -25,26 +25,23 @@ class Immediate:
         self.plpy = plpy
         self.database = database
         self.models = models
-        self.at_work: set[tuple[int, str]] = set()
+        self.at_work: set[int] = set()
 
     def embed_rows(self, relation: int, target: str) -> None:
         """Embeds a statement's new rows in one pass. What a model or a missing right prevents stays pending.
 
         The write of their vectors is an UPDATE itself and calls this again: then there is nothing to do.
         """
-        column = (relation, target)
-        if column in self.at_work:
-            return
-        self.at_work.add(column)
-        try:
-            self.embed_statement(relation, target)
-        finally:
-            self.at_work.remove(column)
-
-    def embed_statement(self, relation: int, target: str) -> None:
         plan = self.database.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
-        if plan is None:
+        if plan is None or plan["registration"] in self.at_work:
             return
+        self.at_work.add(plan["registration"])
+        try:
+            self.embed_statement(plan)
+        finally:
+            self.at_work.remove(plan["registration"])
+
+    def embed_statement(self, plan: Any) -> None:
         try:
             limit = settings.read().immediate_rows
             with self.plpy.subtransaction():
