@@ -26,6 +26,16 @@ $$;
 
 comment on function embed(text[], text, text) is 'the vectors of many texts in one pass: order kept, null stays null';
 
+-- A driver sends a list without its type, and embed() then takes the array's literal for one text. This takes no other.
+create function embed_texts(contents text[], model text default null, prompt text default null) returns vector[]
+language plpython3u stable parallel unsafe as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_many(contents, model, prompt)
+$$;
+
+comment on function embed_texts(text[], text, text) is
+    'as embed(text[]), under a name that takes arrays alone: for drivers that send a list without its type';
+
 -- The model that a name stands for (null: the server's default), from its manifest; 22023 where there is none.
 create function autoembed.model(
     model text, out name text, out dimensions integer, out max_tokens integer, out fingerprint text)

@@ -36,7 +36,7 @@ create policy filler on autoembed.frontier for select using (autoembed.reads_all
 
 -- These run a model: by GRANT only. docs/reference.md has a recipe for each kind of user.
 revoke all on function
-    embed(text, text, text), embed(text[], text, text),
+    embed(text, text, text), embed(text[], text, text), embed_texts(text[], text, text),
     embed_search(regclass, text, integer, name, jsonb), embed_search(regclass, text[], integer, name, jsonb),
     embed_similar(regclass, jsonb, integer, name, jsonb), embed_duplicates(regclass, double precision, name),
     embed_column(regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text),

@@ -81,6 +81,13 @@ def test_many_texts_equal_sentence_transformers_in_order(real: Connection, oracl
         assert np.abs(numbers(vector) - oracle(text)).max() < 1e-5
 
 
+def test_list_without_its_type(real: Connection) -> None:
+    """As psycopg and node send it; embed() would take its literal for one text."""
+    vectors = scalar(real, "select embed_texts(%s)::text[]", ["one", None, "two"])
+    assert vectors == scalar(real, "select embed(%s::text[])::text[]", ["one", None, "two"])
+    assert [vector is None for vector in vectors] == [False, True, False]
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_texts(real: Connection, oracle: Oracle, name: str) -> None:
     assert np.abs(embed(real, HOSTILE[name]) - oracle(HOSTILE[name])).max() < 1e-5

@@ -24,6 +24,7 @@ INTERFACE += "join pg_extension e on e.oid = d.refobjid and e.extname = 'pg_auto
 ENCODING = {
     "embed(text,text,text)",
     "embed(text[],text,text)",
+    "embed_texts(text[],text,text)",
     "embed_search(regclass,text,integer,name,jsonb)",
     "embed_search(regclass,text[],integer,name,jsonb)",
     "embed_similar(regclass,jsonb,integer,name,jsonb)",
