@@ -1,21 +1,24 @@
 -- The second transaction of a batch: it writes the vectors, and records what became of each row.
 
--- The setting autoembed.fill tells the row trigger that it is the fill that brings vectors; it holds for this statement.
--- Write the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for.
--- Returns the keys that were written; the others come again. So does a row whose text one of the user's own triggers
--- changed in this very write: the vector is the former text's, and goes at once.
+-- Writes the vectors whose rows are still as they were claimed; a row that somebody holds is not waited for. Returns the
+-- keys of the rows that have their vectors now; and those that a trigger of the table keeps from it, each with the hash
+-- of the text that the trigger has left there, null where it left no row. All others come again.
+-- The setting autoembed.fill tells the row trigger that it is the fill that brings vectors; it holds while this runs.
 create function autoembed.complete(
-    s autoembed.column_sql, generation bigint, keys jsonb[], hashes bytea[], vectors text[])
-returns jsonb[]
+    s autoembed.column_sql, generation bigint, keys jsonb[], hashes bytea[], vectors text[], ends_transaction boolean,
+    out written jsonb[], out refused jsonb[], out left_hashes bytea[])
 language plpgsql volatile set autoembed.fill = 'on' as $$
 declare
-    written pg_catalog.jsonb[];
-    changed pg_catalog.jsonb[];
     wrote pg_catalog.refcursor;
+    doubtful pg_catalog.jsonb[];
+    tables pg_catalog.oid[];
 begin
+    written := '{}';
+    refused := '{}';
+    left_hashes := '{}';
     s := autoembed.lock_column(s);
     if s.relation is null or s.generation operator(pg_catalog.<>) generation then
-        return '{}';
+        return;
     end if;
     wrote := autoembed.open_lookup(pg_catalog.format(
         'with encoded as materialized (
@@ -26,21 +29,80 @@ begin
              for no key update of t skip locked
          ), written as (
              update %1$s as t set %3$s = d.vector::%5$s from free d where %2$s and t.%3$s is null
-             returning d.key, autoembed.hash(%4$s) operator(pg_catalog.=) d.hash as same
+             returning d.key, t.tableoid, t.%3$s is not null and autoembed.hash(%4$s) operator(pg_catalog.=) d.hash as stays
          )
-         select coalesce(pg_catalog.array_agg(w.key) filter (where w.same), ''{}''),
-                pg_catalog.array_agg(w.key) filter (where w.same is not true) from written w',
+         select coalesce(pg_catalog.array_agg(w.key) filter (where w.stays), ''{}''), pg_catalog.array_agg(distinct w.tableoid),
+                case when pg_catalog.count(*) filter (where w.stays) operator(pg_catalog.<) (select pg_catalog.count(*) from free)
+                    then (select pg_catalog.array_agg(f.key) from free f) end
+         from written w',
         s.rows, s.matching, s.target, s.content, s.type), keys, hashes, vectors);
-    fetch wrote into written, changed;
+    fetch wrote into written, tables, doubtful;
     close wrote;
-    if changed is not null then
-        wrote := autoembed.open_lookup(pg_catalog.format(
-            'update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s returning true',
-            s.rows, s.target, s.matching), changed);
-        move wrote;
-        close wrote;
+    if doubtful is not null or autoembed.has_late_triggers(s.relation, tables) then
+        doubtful := coalesce(doubtful, written);
+        if ends_transaction then
+            set constraints all immediate;  -- a deferred trigger may undo it as well
+        end if;
+        select * into written, refused, left_hashes
+        from autoembed.look_again(s, doubtful, autoembed.hashes_of(doubtful, keys, hashes));
     end if;
-    return written;
+end
+$$;
+
+create function autoembed.hashes_of(wanted jsonb[], keys jsonb[], hashes bytea[]) returns bytea[]
+language sql immutable
+begin atomic
+    select array_agg(d.hash order by w.n)
+    from unnest(wanted) with ordinality as w (key, n) join unnest(keys, hashes) as d (key, hash) on d.key = w.key;
+end;
+
+-- Do triggers of the user's own fire after the write of a row?
+create function autoembed.has_late_triggers(relation oid, written oid[]) returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    return exists (
+        select from pg_trigger t
+        where t.tgrelid = any (written || relation) and not t.tgisinternal
+          and t.tgtype & 18 = 16  -- update, and not before
+          and t.tgfoid <> 'autoembed.embed_rows()'::regprocedure);
+end
+$$;
+
+-- What the table's triggers made of these rows. Where they have changed a text, the vector is the former text's, and goes.
+create function autoembed.look_again(
+    s autoembed.column_sql, keys jsonb[], hashes bytea[], out written jsonb[], out refused jsonb[], out left_hashes bytea[])
+language plpgsql volatile as $$
+declare
+    found pg_catalog.refcursor;
+    stale pg_catalog.jsonb[];
+    stale_hashes pg_catalog.bytea[];
+begin
+    found := autoembed.open_lookup(pg_catalog.format(
+        'with row as (
+             select d.key, d.hash, autoembed.hash(%1$s) as left_hash, t.%2$s is not null as filled
+             from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2)) as d (key, hash) join %3$s t on %4$s
+         ), outcome as (
+             select r.key, r.left_hash, r.filled, r.filled and r.hash operator(pg_catalog.=) r.left_hash as stays from row r
+         )
+         select coalesce(pg_catalog.array_agg(o.key) filter (where o.stays), ''{}''),
+                coalesce(pg_catalog.array_agg(o.key) filter (where not o.filled), ''{}''),
+                coalesce(pg_catalog.array_agg(o.left_hash) filter (where not o.filled), ''{}''),
+                pg_catalog.array_agg(o.key) filter (where o.filled and o.stays is not true)
+         from outcome o', s.content, s.target, s.rows, s.matching), keys, hashes);
+    fetch found into written, refused, left_hashes, stale;
+    close found;
+    if stale is not null then
+        found := autoembed.open_lookup(pg_catalog.format(
+            'with cleared as (
+                 update %s as t set %s = null from pg_catalog.unnest($1) as d (key) where %s returning d.key, autoembed.hash(%s) as left_hash
+             )
+             select pg_catalog.array_agg(c.key), pg_catalog.array_agg(c.left_hash) from cleared c',
+            s.rows, s.target, s.matching, s.content), stale);
+        fetch found into stale, stale_hashes;
+        close found;
+        refused := refused operator(pg_catalog.||) stale;
+        left_hashes := left_hashes operator(pg_catalog.||) stale_hashes;
+    end if;
 end
 $$;
 
@@ -62,15 +124,16 @@ begin atomic
         else '30 seconds'::interval * 2 ^ (attempts - 1) end end;
 end;
 
-create function autoembed.fail(registration bigint, key jsonb, hash bytea, kind text, message text) returns void
+-- `hash` is of the text that is held back; the one that was `tried` is another where a trigger changes the text.
+create function autoembed.fail(registration bigint, key jsonb, tried bytea, hash bytea, kind text, message text) returns void
 language sql volatile
 begin atomic
     insert into autoembed.failure as f (registration, key, hash, kind, message, next_try)
     values (registration, key, hash, kind, message, autoembed.next_try(kind, 1))
     on conflict on constraint failure_pkey do update
     set hash = excluded.hash, kind = excluded.kind, message = excluded.message, last_try = clock_timestamp(),
-        attempts = case when f.hash = excluded.hash then f.attempts + 1 else 1 end,
-        next_try = autoembed.next_try(excluded.kind, case when f.hash = excluded.hash then f.attempts + 1 else 1 end);
+        attempts = case when f.hash = fail.tried then f.attempts + 1 else 1 end,
+        next_try = autoembed.next_try(excluded.kind, case when f.hash = fail.tried then f.attempts + 1 else 1 end);
 end;
 
 -- Key by key, for the reason that held_keys has.
@@ -97,8 +160,8 @@ $$;
 -- The round's record, in the transaction of its vectors: failures, truncations, figures; and the end of the flight.
 create function autoembed.settle(
     registration bigint, inflight bigint, handled jsonb[], written jsonb[],
-    failures jsonb,         -- [{"key", "hash" in hex, "kind", "message"}, …]
-    truncations jsonb,      -- [{"key", "tokens", "limit"}, …]
+    failures jsonb,         -- [{"key", "tried" and "hash" in hex, "kind", "message"}, ...]
+    truncations jsonb,      -- [{"key", "tokens", "limit"}, ...]
     figures jsonb)          -- {"tokens", and the seconds in "claim", "encode", "write"}
 returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
@@ -121,8 +184,8 @@ begin
     perform autoembed.drop_inflight(r.id, outcome);
     delete from autoembed.suspect f where f.registration = r.id and f.key = any (handled);
     perform autoembed.clear_records(r.id, written);
-    perform autoembed.fail(r.id, u.key, decode(u.hash, 'hex'), u.kind, u.message)
-    from jsonb_to_recordset(outcome -> 'failures') as u (key jsonb, hash text, kind text, message text);
+    perform autoembed.fail(r.id, u.key, decode(u.tried, 'hex'), decode(u.hash, 'hex'), u.kind, u.message)
+    from jsonb_to_recordset(outcome -> 'failures') as u (key jsonb, tried text, hash text, kind text, message text);
     insert into autoembed.truncation (registration, key, tokens, token_limit)
     select r.id, u.key, u.tokens, u."limit"
     from jsonb_to_recordset(outcome -> 'truncations') as u (key jsonb, tokens integer, "limit" integer)

@@ -52,7 +52,7 @@ begin
     returning 2 * s.crashes + s.restarts >= 6 into proven;
     if proven then
         delete from autoembed.suspect s where s.registration = f.registration and s.key = f.keys[1];
-        perform autoembed.fail(f.registration, f.keys[1], f.hashes[1], 'crashed',
+        perform autoembed.fail(f.registration, f.keys[1], f.hashes[1], f.hashes[1], 'crashed',
                                'the server crashed each time that this text alone was encoded');
     end if;
 end

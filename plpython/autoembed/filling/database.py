@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from autoembed.filling.records import BatchResult, Candidates, Claim, Column, Frontier
+    from autoembed.filling.records import BatchResult, Candidates, Claim, Column, Frontier, Written
 
 
 class Connection(Protocol):
@@ -37,8 +37,15 @@ class FillDatabase(Connection, Protocol):
     def set_frontier(self, column: Column, key: str | None, last: str | None) -> None: ...
     def claim(self, column: Column, candidates: Candidates, alone: bool) -> Claim | None: ...
     def complete(
-        self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
-    ) -> list[str]: ...
+        self,
+        column: Column,
+        generation: int,
+        keys: list[str],
+        hashes: list[bytes],
+        vectors: list[str],
+        *,
+        ends_transaction: bool,
+    ) -> Written: ...
     def settle(self, column: Column, inflight: int, claim: Claim, result: BatchResult, token_limit: int) -> None: ...
     def forget(self, column: Column, inflight: int) -> None: ...
     def release(self, locks: list[int]) -> None: ...

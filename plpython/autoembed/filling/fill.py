@@ -48,6 +48,8 @@ class Filler:
     """The key of the last row, as the first pass that came to the end saw it."""
     loaded: Encoder | None = None
     """The encoder, once a row has needed it."""
+    changed: dict[str, bytes] = field(default_factory=dict)
+    """The rows whose texts triggers of the table have changed, with the hash that was tried first."""
     transactions: Transactions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +143,10 @@ class Filler:
         outcomes = self.encode(encoder, claim.contents)
         result.encode_seconds = time.monotonic() - started
         limit = encoder.model.max_tokens
-        Writer(self.database, self.transactions, self.column, found.inflight, claim, limit, result).write(outcomes)
+        writer = Writer(
+            self.database, self.transactions, self.column, found.inflight, claim, limit, result, self.changed
+        )
+        writer.write(outcomes)
         self.release(found)
         self.totals.add(result, len(claim.keys))
         self.transactions.in_transaction(partial(self.progress, self.column, self.totals))

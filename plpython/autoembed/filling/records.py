@@ -49,10 +49,26 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Written:
+    """The rows of a write that have their vectors now, and those that a trigger of the table keeps from it.
+
+    `left_hashes` are of the texts that the triggers have left in the refused rows.
+    """
+
+    keys: list[str]
+    refused: list[str]
+    left_hashes: list[bytes | None]
+
+
+@dataclass(frozen=True)
 class Failed:
-    """A row that could not be embedded, and why; `message` never quotes its text."""
+    """A row that could not be embedded, and why; `message` never quotes its text.
+
+    `hash` is of the text that is held back. That is the text that was tried, unless a trigger changes it.
+    """
 
     key: str
+    tried: bytes
     hash: bytes
     kind: str
     message: str

@@ -29,6 +29,8 @@ class Writer:
     claim: Claim
     token_limit: int
     result: BatchResult
+    changed: dict[str, bytes]
+    """The rows whose texts triggers of the table have changed in this fill, with the hash that was tried first."""
     vectors: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -44,7 +46,8 @@ class Writer:
         self.write_rows(list(self.vectors), is_last=True)
 
     def fail(self, row: int, kind: str, message: str) -> None:
-        self.result.failed.append(Failed(self.claim.keys[row], self.claim.hashes[row], kind, message))
+        key, tried = self.claim.keys[row], self.claim.hashes[row]
+        self.result.failed.append(Failed(key, tried, tried, kind, message))
 
     def write_rows(self, rows: list[int], *, is_last: bool) -> None:
         """Writes them in one statement; where a row's own constraint or trigger refuses, in halves until it is alone.
@@ -69,25 +72,54 @@ class Writer:
 
     def write_once(self, rows: list[int], *, is_last: bool) -> None:
         """Writes them in one transaction; the result has them only once it is committed."""
-        before = len(self.result.written)
+        written, failed = len(self.result.written), len(self.result.failed)
 
-        def transaction() -> None:
-            del self.result.written[before:]
-            if rows:
-                self.result.written.extend(self.complete(rows))
+        def forget() -> None:
+            del self.result.written[written:]
+            del self.result.failed[failed:]
+
+        def transaction() -> dict[str, bytes]:
+            forget()
+            changed = self.complete(rows) if rows else {}
             if is_last:
                 self.settle()
+            return changed
 
         try:
-            self.transactions.in_transaction(transaction)
+            changed = self.transactions.in_transaction(transaction)
         except self.database.error:
-            del self.result.written[before:]
+            forget()
             raise
+        for key, tried in changed.items():
+            self.changed.setdefault(key, tried)
 
-    def complete(self, rows: list[int]) -> list[str]:
+    def complete(self, rows: list[int]) -> dict[str, bytes]:
+        """Returns the rows whose texts a trigger of the table has changed, with the hash that was tried."""
         keys, hashes = [self.claim.keys[row] for row in rows], [self.claim.hashes[row] for row in rows]
         vectors = [self.vectors[row] for row in rows]
-        return self.database.complete(self.column, self.claim.generation, keys, hashes, vectors)
+        outcome = self.database.complete(
+            self.column, self.claim.generation, keys, hashes, vectors, ends_transaction=True
+        )
+        self.result.written.extend(outcome.keys)
+        tried = dict(zip(keys, hashes, strict=True)) if outcome.refused else {}
+        for key, left_hash in zip(outcome.refused, outcome.left_hashes, strict=True):
+            self.judge(key, tried[key], left_hash)
+        left = zip(outcome.refused, outcome.left_hashes, strict=True)
+        return {key: tried[key] for key, left_hash in left if left_hash != tried[key]}
+
+    def judge(self, key: str, tried: bytes, left_hash: bytes | None) -> None:
+        """Judges a row that a trigger of the table keeps from its vector: it fails, or it comes again.
+
+        A trigger that makes texts uniform leaves one that it will not change again, which is tried at once. One that
+        changes each text that it sees would have the row encoded without end, as would one that takes vectors away.
+        """
+        if left_hash == tried:
+            message = "a trigger of the table keeps the vector from being written"
+        elif left_hash is not None and key in self.changed:
+            message = "a trigger of the table changes the text with each write"
+        else:
+            return
+        self.result.failed.append(Failed(key, self.changed.get(key, tried), left_hash, "write", message))
 
     def settle(self) -> None:
         self.result.write_seconds = time.monotonic() - self.started

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from autoembed.filling.records import Candidates, Claim, Column, Frontier
+from autoembed.filling.records import Candidates, Claim, Column, Frontier, Written
 from autoembed.filling.sqlstates import OUT_OF_MEMORY
 
 if TYPE_CHECKING:
@@ -100,20 +100,33 @@ class SessionDatabase:
         return Claim(row["generation"], row["keys"], row["contents"], row["hashes"], row["lost"])
 
     def complete(
-        self, column: Column, generation: int, keys: list[str], hashes: list[bytes], vectors: list[str]
-    ) -> list[str]:
-        written: list[str] = self.value(
-            "select autoembed.complete($1::autoembed.column_sql, $2, $3, $4, $5)",
-            ["text", "int8", "jsonb[]", "bytea[]", "text[]"],
-            [column.column_sql, generation, keys, hashes, vectors],
+        self,
+        column: Column,
+        generation: int,
+        keys: list[str],
+        hashes: list[bytes],
+        vectors: list[str],
+        *,
+        ends_transaction: bool,
+    ) -> Written:
+        row = self.row(
+            "select * from autoembed.complete($1::autoembed.column_sql, $2, $3, $4, $5, $6)",
+            ["text", "int8", "jsonb[]", "bytea[]", "text[]", "bool"],
+            [column.column_sql, generation, keys, hashes, vectors, ends_transaction],
         )
-        return written
+        return Written(row["written"], row["refused"], row["left_hashes"])
 
     def settle(self, column: Column, inflight: int, claim: Claim, result: BatchResult, token_limit: int) -> None:
         from orjson import Fragment  # here: a call that finds nothing to do must not pay for the import
 
         failures = [
-            {"key": Fragment(failed.key), "hash": failed.hash.hex(), "kind": failed.kind, "message": failed.message}
+            {
+                "key": Fragment(failed.key),
+                "tried": failed.tried.hex(),
+                "hash": failed.hash.hex(),
+                "kind": failed.kind,
+                "message": failed.message,
+            }
             for failed in result.failed
         ]
         truncations = [

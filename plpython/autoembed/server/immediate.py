@@ -85,4 +85,5 @@ class Immediate:
             [row["key"] for row, _ in good],
             [row["hash"] for row, _ in good],
             [text for _, text in good],
+            ends_transaction=False,
         )

@@ -10,7 +10,7 @@ import pytest
 from autoembed.encoding import batching
 from autoembed.filling.database import FillDatabase
 from autoembed.filling.fill import Filler
-from autoembed.filling.records import Candidates, Claim, Column, Limits, Totals
+from autoembed.filling.records import Candidates, Claim, Column, Limits, Totals, Written
 from unit.fakes import FakeEncoder
 
 COLUMN = Column(1, "public.docs.embedding", "stub", "f", 4, "")
@@ -53,9 +53,9 @@ class Short:
         self.claimed.append(len(candidates.keys))
         return Claim(1, candidates.keys, [f"text {key}" for key in candidates.keys], [b"h"] * len(candidates.keys), 0)
 
-    def complete(self, column: Column, generation: int, keys: list[str], *_: object) -> list[str]:  # noqa: ARG002
+    def complete(self, _column: Column, _generation: int, keys: list[str], *_: object, **_options: bool) -> Written:
         self.step("complete")
-        return keys
+        return Written(keys, [], [])
 
     def forget(self, *_: object) -> None:
         self.step("forget")
