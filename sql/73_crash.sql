@@ -10,7 +10,8 @@ end
 $$;
 
 -- Rows in flight whose worker is gone (their lock is free): with the twin there, the worker merely went; without it,
--- the server crashed with them in flight, and they become suspects.
+-- the server crashed with them in flight, and they become suspects. Two calls that come upon the same row wait for each
+-- other: the second would otherwise encode a suspect that the first is about to blame, and crash the server once more.
 create function autoembed.make_suspects(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
@@ -19,8 +20,9 @@ declare
 begin
     perform autoembed.suspect_again(registration);
     for f in select * from autoembed.inflight i where i.registration = make_suspects.registration
-             and pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)) loop
-        crashed := not exists (select from autoembed.inflight_twin w where w.registration = f.registration and w.id = f.id) and f.cluster = autoembed.cluster();
+             and (not autoembed.has_twin(i) or pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)))
+             order by i.id for update loop
+        crashed := not autoembed.has_twin(f) and f.cluster = autoembed.cluster();
         delete from autoembed.inflight i where i.registration = f.registration and i.id = f.id;
         continue when not (found and crashed);
         if f.alone then
@@ -34,6 +36,12 @@ begin
     end loop;
 end
 $$;
+
+create function autoembed.has_twin(f autoembed.inflight) returns boolean
+language sql stable
+begin atomic
+    select exists (select from autoembed.inflight_twin w where w.registration = (f).registration and w.id = (f).id);
+end;
 
 -- What was encoded alone as the server crashed. Any other backend may have crashed it, by chance: so it is proof only
 -- the third time. Where the server's start is another one than the flight's, not a backend crashed but all of it went,
