@@ -31,7 +31,7 @@ BEFORE = {
 SHORTENED = {"call embed_worker()": "call embed_worker(max_seconds => 0)"}
 """Statements that would run for an hour."""
 FOREIGN = {
-    *("apt-get", "cd", "docker", "git", "podman", "psql", "update-alternatives"),
+    *("apt-get", "cd", "docker", "git", "head", "podman", "psql", "update-alternatives"),
     "autoembed-health",  # of the image, whose tests call it
 }
 """Commands that are not the product's."""
