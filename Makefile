@@ -14,7 +14,7 @@ JOBS ?= $(shell nproc)
 export PG_CONFIG PYTHON TORCH_VERSION TORCH_INDEX AUTOEMBED_BIN DEMO_MODEL JOBS DESTDIR PYTEST_ARGS
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test unit test-all up down dsn psql install dependencies uninstall bench lint lock golden clean dev image image-test
+.PHONY: help demo test unit test-all up down dsn psql all install installcheck dependencies uninstall bench lint lock golden clean dev image image-test
 .NOTPARALLEL:
 
 help:       ## this list
@@ -33,8 +33,9 @@ unit:       ## the tests that need no server; one of them: PYTEST_ARGS="-k name"
 	@scripts/dev.sh
 	@scripts/test.sh -o testpaths=tests/unit --no-cov
 
-test-all: install dev  ## the tests, slow ones too, and the image's
+test-all: install dev  ## the tests, slow ones too, pg_regress and the image's
 	@scripts/test.sh
+	@scripts/installcheck.sh
 	@scripts/image.sh test
 	@scripts/image.sh suite tests -m "not slow"
 
@@ -71,6 +72,13 @@ endif
 
 dependencies:  # the part of install that changes least, for the image's layers
 	@scripts/site.sh dependencies
+
+all:        # what install puts in place, built, as packagers' tools ask for it
+	@scripts/extension.sh build
+	@scripts/preload.sh build
+
+installcheck:  ## pg_regress on what is installed where PG_CONFIG says; needs neither torch nor a running server
+	@scripts/installcheck.sh
 
 uninstall:  ## take it away again; models stay
 	@scripts/extension.sh remove

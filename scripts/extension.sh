@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Joins sql/*.sql into the extension's install script and puts it, the control file and the command into place;
-# `extension.sh remove` takes all of it away again, the site included.
+# Puts the extension's SQL, which pgxs.mk joins, its control file and the command into place; `extension.sh build` only
+# builds them, `extension.sh remove` takes all of it away again, the site included.
 source "$(dirname "$0")/lib.sh"
 use_postgres
 
@@ -8,18 +8,11 @@ EXTENSION=${DESTDIR:-}$SHAREDIR/extension
 COMMAND=${DESTDIR:-}${AUTOEMBED_BIN:-/usr/local/bin}/autoembed
 BUILD=$ROOT/build
 
-with_site() { sed "s|@SITE@|$(site_packages)|g" "$@"; }
-
 # Copies only what differs, so that a second run needs neither root nor time.
 put() { cmp -s "$2" "$3" || as_root install -D -m "$1" "$2" "$3"; }
 
 build() {
-    local upgrade
-    mkdir -p "$BUILD"
-    with_site "$ROOT"/sql/*.sql >"$BUILD/pg_autoembed--$VERSION.sql"
-    for upgrade in "$ROOT"/sql/upgrade/*.sql; do
-        [ ! -e "$upgrade" ] || with_site "$ROOT/sql/00_guard.sql" "$upgrade" >"$BUILD/$(basename "$upgrade")"
-    done
+    make -s -C "$ROOT" -f pgxs.mk all PG_CONFIG="$PG_CONFIG" SITE="$(site_packages)"
     printf '#!/bin/sh\nexec "%s/bin/python" -I -m autoembed "$@"\n' "$SITE" >"$BUILD/autoembed"
 }
 
@@ -35,4 +28,8 @@ remove_files() {
     say "removed; models stay in ${EMBEDDING_MODEL_DIR:-/var/lib/pg_autoembed/models}"
 }
 
-if [ "${1:-}" = remove ]; then remove_files; else build; install_files; fi
+case ${1:-} in
+    remove) remove_files ;;
+    build) build ;;
+    *) build; install_files ;;
+esac

@@ -56,6 +56,12 @@ apt_install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
+# A compiler, and PostgreSQL's headers, makefiles and pg_regress.
+need_build_tools() {
+    { [ -f "$("$PG_CONFIG" --includedir-server)/postgres.h" ] && type gcc make >/dev/null 2>&1; } ||
+        apt_install "postgresql-server-dev-$(pg_major)" gcc libc6-dev make "$@"
+}
+
 # One line a requirement, from a table of pyproject.toml: `dependencies`, or the extra `dev`.
 requirements() {
     "$PYTHON" - "$ROOT/pyproject.toml" "$1" <<'PY'

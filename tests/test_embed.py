@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from psycopg import errors
 
 from models_for_tests import packaged_minilm
-from support.rigging import Rig, add_stub, scalar
+from support.rigging import Rig, scalar
 from support.server import Connection, Server
+from support.stubs import add_stub
 
 pytest_plugins = ["support.rig"]
 

@@ -13,8 +13,9 @@ from psycopg import errors, sql
 from autoembed.adding.add import add_model
 from conftest import Database
 from models_for_tests import nan_for, raises_for, zero_for
-from support.rigging import Filling, Rig, Row, add_stub, fill, leftovers, pending, rows, scalar
+from support.rigging import Filling, Rig, Row, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server, wait_until
+from support.stubs import add_stub
 from support.talk import DECLARING, notices, refusal
 
 pytest_plugins = ["support.rig"]

@@ -12,8 +12,9 @@ import pytest
 from psycopg import errors, sql
 
 from conftest import Database
-from support.rigging import Rig, add_stub, cpu_seconds, fill, leftovers, pending, rows, scalar
+from support.rigging import Rig, cpu_seconds, fill, leftovers, pending, rows, scalar
 from support.server import Connection, Server, pg_config
+from support.stubs import add_stub
 from support.talk import notices
 
 pytest_plugins = ["support.rig"]

@@ -12,8 +12,9 @@ from psycopg import sql
 from psycopg.errors import Diagnostic
 
 from conftest import Database
-from support.rigging import Filling, Rig, add_stub, fill, rows, scalar
+from support.rigging import Filling, Rig, fill, rows, scalar
 from support.server import Connection, Server, wait_until
+from support.stubs import add_stub
 
 pytest_plugins = ["support.rig"]
 

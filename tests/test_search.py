@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from psycopg import errors, sql
 
 from conftest import Database
-from support.rigging import Rig, Row, add_stub, fill, rows, scalar
+from support.rigging import Rig, Row, fill, rows, scalar
 from support.server import Connection, Server
+from support.stubs import add_stub
 from support.talk import column
 
 pytest_plugins = ["support.rig"]

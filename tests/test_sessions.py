@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from psycopg import errors
 
-from support.rigging import Rig, add_stub, fill, rows, scalar
+from support.rigging import Rig, fill, rows, scalar
 from support.server import Connection, Server, wait_until
+from support.stubs import add_stub
 
 pytest_plugins = ["support.rig"]
 

@@ -191,6 +191,7 @@ class Release:
         self.version = version
         shutil.copytree(sources / "sql", directory / "sql", ignore=shutil.ignore_patterns("upgrade"))
         shutil.copytree(sources / "scripts", directory / "scripts")
+        shutil.copy(sources / "pgxs.mk", directory)
         control = CONTROL.replace(f"'{VERSION}'", f"'{version}'")
         (directory / "pg_autoembed.control").write_text(control)
         (directory / "sql/upgrade").mkdir()

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from psycopg.rows import dict_row
 
-from support.rigging import Filling, Rig, add_stub, fill, rows, scalar
+from support.rigging import Filling, Rig, fill, rows, scalar
 from support.server import Connection, Server
+from support.stubs import add_stub
 from support.talk import DECLARING
 
 pytest_plugins = ["support.rig"]

@@ -13,8 +13,9 @@ import psycopg
 import pytest
 from psycopg import errors, sql
 
-from support.rigging import Rig, add_stub, cpu_seconds, holds_nothing, leftovers, pending, rows, scalar
+from support.rigging import Rig, cpu_seconds, holds_nothing, leftovers, pending, rows, scalar
 from support.server import Connection, Server, wait_until
+from support.stubs import add_stub
 from support.talk import notices
 
 pytest_plugins = ["support.rig"]

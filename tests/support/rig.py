@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from support.rigging import CRON, Rig, add_stub
+from support.rigging import CRON, Rig
 from support.server import Connection, Server, pg_config
+from support.stubs import add_stub
 
 
 def make_rig(directory: Path, base: dict[str, str], settings: dict[str, object]) -> Rig:

@@ -12,11 +12,9 @@ from typing import Any
 
 from psycopg import sql
 
-from autoembed.models import manifest as manifests
-from autoembed.models.manifest import Manifest, Origin
 from support.server import Connection, Server, wait_until
+from support.stubs import FAULTS
 
-FAULTS = Path(__file__).parent / "faults"
 Row = tuple[Any, ...]
 CRON: dict[str, object] = {
     "shared_preload_libraries": "pg_cron",
@@ -24,32 +22,6 @@ CRON: dict[str, object] = {
     "cron.use_background_workers": "on",
     "max_worker_processes": 20,
 }
-
-
-def add_stub(directory: Path, name: str, *, dimensions: int = 384, weights: str = "") -> Path:
-    """Registers a model that has no weights: the faults' encoder serves it."""
-    folder = directory / name
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_text(weights or name)
-    manifest = Manifest(
-        name=name,
-        architecture="stub",
-        precision="float32",
-        dimensions=dimensions,
-        max_tokens=64,
-        position_limit=64,
-        normalizes=True,
-        prompts={"query": "query: ", "document": ""},
-        default_prompt=None,
-        origin=Origin("tests", None, {}, {}),
-        converted=[],
-        assumed=[],
-        tools={},
-        added="",
-        files=manifests.hash_files(folder, ["model.safetensors"]),
-    )
-    manifests.write(folder, manifest)
-    return folder
 
 
 class Rig:

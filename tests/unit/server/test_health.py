@@ -13,7 +13,7 @@ from autoembed.process import cpu, device
 from autoembed.server import health, preloaded
 from autoembed.server.health import FAIL, OK, WARN, Check
 from autoembed.settings import Settings
-from support.rigging import add_stub
+from support.stubs import add_stub
 
 NAMES = ["model", "encoder", "torch", "preload"]
 
