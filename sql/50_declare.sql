@@ -114,17 +114,19 @@ end
 $$;
 
 -- The options of a column, as its registration and its row trigger keep them: those that are not the default.
-create function autoembed.check_options(template text, cache boolean, track boolean, writes text) returns jsonb
+create function autoembed.check_options(
+    relation regclass, sources name[], template text, cache boolean, track boolean, writes text)
+returns jsonb
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    perform autoembed.not_yet('template') where template is not null;
     perform autoembed.not_yet('cache') where cache is not false;
     perform autoembed.not_yet('track') where track is not false;
     if (writes in ('fill', 'anyone')) is not true then
         raise exception using errcode = 'invalid_parameter_value', message = format('writes is %L', writes),
             hint = 'writes is fill (only the fill sets the vectors) or anyone (an UPDATE may bring a vector of its own).';
     end if;
-    return jsonb_strip_nulls(jsonb_build_object('writes', nullif(writes, 'fill')));
+    return jsonb_strip_nulls(jsonb_build_object(
+        'template', autoembed.bind_template(relation, sources, nullif(template, '')), 'writes', nullif(writes, 'fill')));
 end
 $$;
 
@@ -150,7 +152,7 @@ begin
     end if;
     perform autoembed.check_mode(mode);
     perform autoembed.not_yet('destination') where destination is not null;
-    options := autoembed.check_options(template, cache, track, writes);
+    options := autoembed.check_options(relation, source, template, cache, track, writes);
     perform autoembed.check_relation(relation);
     -- against a second declaration at the same time, and against writers that would miss the new triggers
     execute format('lock table %s in share row exclusive mode', relation);
@@ -284,7 +286,9 @@ begin
     update autoembed.registration r
     set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled),
         options = autoembed.check_options(
-            template, coalesce(cache, false), coalesce(track, false), coalesce(writes, r.options ->> 'writes', 'fill'))
+            change.relation, s.sources,
+            coalesce(template, autoembed.template_text(r.options ->> 'template', s.sources)),
+            coalesce(cache, false), coalesce(track, false), coalesce(writes, r.options ->> 'writes', 'fill'))
     where r.id = declared;
     if not found then
         raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
@@ -301,6 +305,11 @@ begin
             perform autoembed.request(declared, 'reset');
             other := true;
         end if;
+    end if;
+    if not other and s.content is distinct from (autoembed.column_sql_of(declared)).content then
+        update autoembed.registration r set generation = r.generation + 1 where r.id = declared;
+        perform autoembed.request(declared, 'reset');
+        other := true;
     end if;
     perform autoembed.install(declared);
     return other;

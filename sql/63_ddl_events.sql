@@ -1,12 +1,16 @@
 -- The event triggers that keep registrations and the triggers on users' tables together.
 
 -- Are these the options of a column, as a row trigger carries them? It may be written by hand.
-create function autoembed.are_options(argument text) returns boolean
-language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+create function autoembed.are_options(argument text, sources integer) returns boolean
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+declare
+    options jsonb := argument::jsonb;
 begin
-    return argument::jsonb = autoembed.check_options(
-        null, false, false, coalesce(argument::jsonb ->> 'writes', 'fill'));
-exception when data_exception or invalid_parameter_value then
+    return jsonb_typeof(options) = 'object'
+        and options - array['template', 'writes'] = '{}'
+        and coalesce(options ->> 'writes', 'anyone') = 'anyone'
+        and (not options ? 'template' or autoembed.is_bound_template(options ->> 'template', sources));
+exception when data_exception then
     return false;
 end
 $$;
@@ -26,7 +30,7 @@ declare
 begin
     if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 6
         or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false')
-        or not autoembed.are_options(arguments[6]) then
+        or not autoembed.are_options(arguments[6], cardinality(sources)) then
         raise exception using errcode = 'invalid_parameter_value',
             message = format('a trigger on %s that calls autoembed.invalidate() has arguments that do not fit the table', relation::regclass),
             hint = 'Declare columns with embed_column, which makes the trigger.';

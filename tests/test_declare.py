@@ -439,7 +439,7 @@ def test_a_model_of_other_dimensions_changes_the_columns_type(warm: Connection) 
     assert scalar(warm, "select vector_dims(embedding) from docs") == 384
 
 
-@pytest.mark.parametrize("option", ["template => '{content}'", "cache => true", "track => true"])
+@pytest.mark.parametrize("option", ["cache => true", "track => true"])
 def test_options_that_are_not_served_yet(warm: Connection, option: str) -> None:
     warm.execute(DOCS)
     declaring = f"select embed_column('docs', 'content', model => 'tiny-mpnet', {option})"
