@@ -217,6 +217,22 @@ begin atomic
     join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = u.attnum and not a.attisdropped;
 end;
 
+-- The relation, and where it is partitioned all that is under it. pg_partition_tree locks them, and so waits for
+-- whoever holds one; this takes no lock.
+create function autoembed.family(relation oid) returns setof oid
+language sql stable
+begin atomic
+    with recursive member (oid) as (
+        select relation
+        union all
+        select c.oid
+        from member m
+        join pg_catalog.pg_inherits i on i.inhparent = m.oid
+        join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition
+    )
+    select m.oid from member m;
+end;
+
 -- May sql over this relation be made from the registration? An owner can write his registrations by hand, and a
 -- superuser's look at embedding_progress runs what they say: so no column whose type or table runs code of its own.
 create function autoembed.is_sound(r autoembed.registration) returns boolean
@@ -229,8 +245,8 @@ begin atomic
       and (select count(*) = cardinality((r).sources) and coalesce(bool_and(autoembed.is_text(a.atttypid)), false)
            from pg_catalog.pg_attribute a
            where a.attrelid = (r).relation and a.attnum = any ((r).sources) and a.attnum > 0 and not a.attisdropped)
-      and not exists (select from pg_catalog.pg_class t, pg_catalog.pg_partition_tree(t.oid) p, pg_catalog.pg_class c
-                      where t.oid = (r).relation and t.relkind = 'p' and c.oid = p.relid and c.relkind = 'f');
+      and not exists (select from pg_catalog.pg_class t, autoembed.family(t.oid) m, pg_catalog.pg_class c
+                      where t.oid = (r).relation and t.relkind = 'p' and c.oid = m and c.relkind = 'f');
 end;
 
 -- null where the registration, its relation, a column or the key is gone

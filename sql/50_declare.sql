@@ -8,6 +8,41 @@ begin
 end
 $$;
 
+-- Why the relation's rows cannot be told apart, and what to do; no row: they can.
+create function autoembed.key_trouble(relation oid, out reason text, out help text)
+returns setof record
+language sql stable
+begin atomic
+    with late as (
+        select (select string_agg(pg_get_indexdef(i.indexrelid, n, false), ', ' order by n)
+                from generate_series(1, i.indnkeyatts) n) as columns
+        from pg_catalog.pg_index i
+        where i.indrelid = relation and i.indisunique and not i.indimmediate
+        order by i.indisprimary desc limit 1
+    )
+    select case when d.columns is null then 'it has neither a primary key nor a unique key without nulls'
+                else 'its key is deferrable: for a while two rows may have the same' end,
+           case when d.columns is null then 'Add one, for example: '
+                    'alter table ... add column id bigint generated always as identity primary key.'
+                else format('Add one that is not: alter table %s add unique (%s)', relation::regclass, d.columns) end
+    from (select autoembed.key_index(relation) as index) k left join late d on true
+    where k.index is null
+    union all
+    select 'its key has a type that cannot serve here',
+           'Use a key of built-in scalar types, for example a bigint or a uuid.'
+    from autoembed.key_columns(relation) k
+    having bool_or(k.equals is null or k.greater is null or not k.scalar)
+        or count(*) > 1 and not bool_and(coalesce(k.greater, '') = 'operator(pg_catalog.>)');
+end;
+
+-- A fill's UPDATE stands in a WITH, which PostgreSQL refuses where a rule would rewrite it.
+create function autoembed.update_rule(relation oid) returns name
+language sql stable
+begin atomic
+    select min(r.rulename::text)::name from pg_catalog.pg_rewrite r
+    where r.ev_class = relation and r.ev_type = '2' and r.ev_enabled in ('O', 'A');
+end;
+
 create function autoembed.check_relation(relation regclass) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
@@ -29,14 +64,11 @@ begin
     elsif exists (select from pg_class c where c.oid = relation
                   and (c.relnamespace::regnamespace::text in ('pg_catalog', 'information_schema', 'autoembed'))) then
         perform autoembed.refuse(relation, 'it belongs to the system', 'Name a table of your own.');
-    elsif autoembed.key_index(relation) is null then
-        perform autoembed.refuse(relation, 'it has neither a primary key nor a unique key without nulls',
-            'Add one, for example: alter table … add column id bigint generated always as identity primary key.');
-    elsif (select count(*) > 1 and not bool_and(coalesce(k.greater, '') = 'operator(pg_catalog.>)')
-           from autoembed.key_columns(relation) k) or exists (
-           select from autoembed.key_columns(relation) k where k.equals is null or k.greater is null or not k.scalar) then
-        perform autoembed.refuse(relation, 'its key has a type that cannot serve here', 'Use a key of built-in scalar types, for example a bigint or a uuid.');
+    elsif autoembed.update_rule(relation) is not null then
+        perform autoembed.refuse(relation, format('rule %I rewrites its UPDATEs', autoembed.update_rule(relation)),
+            'Use a trigger instead of the rule.');
     end if;
+    perform autoembed.refuse(relation, k.reason, k.help) from autoembed.key_trouble(relation) k;
 end
 $$;
 
@@ -61,6 +93,15 @@ begin
     return a.attnum;
 end
 $$;
+
+create function autoembed.has_default(relation oid, target name) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from pg_catalog.pg_attribute a
+        join pg_catalog.pg_attrdef d on d.adrelid = a.attrelid and d.adnum = a.attnum
+        where a.attrelid = relation and a.attname = target and not pg_get_expr(d.adbin, d.adrelid) ~* '^null(::|$)');
+end;
 
 create function autoembed.check_target(relation regclass, target name, model text, dimensions integer) returns smallint
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
@@ -88,6 +129,10 @@ begin
             format('A row waits for its vector with a null there: alter table %s alter column %I drop not null', relation, target));
     elsif a.attgenerated <> '' then
         perform autoembed.refuse(relation, format('target column %I is generated', target), 'Use a plain column.');
+    elsif autoembed.has_default(relation, target) then
+        perform autoembed.refuse(relation, format('target column %I has a default', target),
+            format('New rows get it instead of a vector: alter table %s alter column %I drop default',
+                   relation, target));
     end if;
     return a.attnum;
 end

@@ -11,6 +11,15 @@ if "autoembed 1" not in GD:
 GD["autoembed 1"].embed_rows(int(TD["relid"]), TD["args"][0])
 $$;
 
+create function autoembed.may_declare(role oid) returns boolean
+language sql stable
+begin atomic
+    select has_function_privilege(
+        role,
+        '@extschema@.embed_column(regclass,name[],name,text,text,boolean,text,boolean,boolean,name,text)'::regprocedure,
+        'execute');
+end;
+
 -- What embed_rows asks for: which registration, and the query over the transition table of the relation that the
 -- statement names, the declared one or a partition of it. Nothing where the writer may not write the vector, the column
 -- is paused, or the owner was never given embed_column.
@@ -31,9 +40,7 @@ begin
     if s.relation is null
         or not has_any_column_privilege(s.relation, 'select')
         or not has_table_privilege(s.relation, 'update')
-        or not has_function_privilege((select c.relowner from pg_class c where c.oid = s.relation),
-                                      '@extschema@.embed_column(regclass,name[],name,text,text,boolean,text,boolean,boolean,name,text)',
-                                      'execute') then
+        or not autoembed.may_declare((select c.relowner from pg_class c where c.oid = s.relation)) then
         return;
     end if;
     registration := s.registration;
@@ -57,7 +64,7 @@ returns setof record
 language sql stable
 begin atomic
     select t.tgrelid, t.tgname, case when t.tgtype & 4 = 4 then 'insert' else 'update' end
-    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    from autoembed.family(relation) r (oid)
     join pg_catalog.pg_trigger t on t.tgrelid = r.oid and t.tgfoid = 'autoembed.embed_rows()'::regprocedure
     cross join lateral (select (autoembed.arguments_of(t.oid))[1] as target) named
     where case when statement_triggers.target is not null then named.target = statement_triggers.target::text
@@ -71,7 +78,7 @@ returns setof record
 language sql stable
 begin atomic
     select r.oid, e.event
-    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    from autoembed.family(relation) r (oid)
     cross join (values ('insert'), ('update')) e (event)
     where not exists (select from autoembed.statement_triggers(r.oid, target) t
                       where t.place = r.oid and t.event = e.event);

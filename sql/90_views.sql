@@ -12,8 +12,7 @@ select r.relation::regclass as relation, autoembed.column_names(r.relation, r.so
        autoembed.column_name(r.relation, r.target) as target, r.model, r.mode, r.enabled,
        a.atttypmod as dimensions, r.fingerprint,
        case when not r.enabled then 'paused'
-            when autoembed.key_index(r.relation) is null then 'no key: the relation has lost its primary key'
-            when not autoembed.has_pending_index(r.relation, r.target) then 'no pending index: call embed_column with if_not_exists => true'
+            when h.hindrance is not null then h.hindrance
             when m.name is null then 'model missing: add it with `autoembed model add`'
             when m.status <> 'ready' then 'model ' || m.status
             when m.fingerprint <> r.fingerprint then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
@@ -21,6 +20,7 @@ select r.relation::regclass as relation, autoembed.column_names(r.relation, r.so
             else 'ready' end as status
 from autoembed.registration r
 join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
+cross join lateral (select case when r.enabled then autoembed.hindrance(r) end as hindrance) h
 left join autoembed.models() m on m.name = r.model;
 
 -- Why embed_wait's relation is not done, column by column.

@@ -17,7 +17,7 @@ pytest_plugins = ["support.warm"]
 
 DOCS = "create table docs (id bigint primary key, content text, note text, embedding vector(32))"
 DECLARE = "select embed_column('docs', 'content', model => 'tiny-mpnet')"
-NO_KEY = "Add one, for example: alter table … add column id bigint generated always as identity primary key."
+NO_KEY = "Add one, for example: alter table ... add column id bigint generated always as identity primary key."
 TEXT_TYPES = "A source column is of type text, varchar, char, citext or a domain over one of these."
 MODES = "The modes are deferred and immediate."
 PAIR = sql.SQL("select embed_column({}, {}::name, {}::name, model => 'tiny-mpnet')")
@@ -604,8 +604,8 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
     "deferrable key": (
         KEYLESS + "; alter table docs add primary key (id) deferrable",
         "55000",
-        UNSUITABLE + "it has neither a primary key nor a unique key without nulls",
-        NO_KEY,
+        UNSUITABLE + "its key is deferrable: for a while two rows may have the same",
+        "Add one that is not: alter table docs add unique (id)",
     ),
     "view": (
         "create view docs as select 1 as id, ''::text as content, null::vector(32) as embedding",
