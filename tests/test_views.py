@@ -278,6 +278,21 @@ def test_models_and_their_status(db: Connection, rig: Rig, model: str) -> None:
     assert rows(db, query, model)[0][:2] == ("unregistered", None)
 
 
+def test_a_folder_that_the_server_may_not_read_hides_no_model_and_no_column(
+    db: Connection, knowledge: Knowledge, rig: Rig, model: str
+) -> None:
+    knowledge(1)
+    db.execute("select embed_column('knowledge', array['content']::name[], model => %s::text)", [model])
+    (rig.models / "under-way").mkdir(mode=0)
+    try:
+        statuses: dict[str, str] = dict(rows(db, "select name, status from embedding_models"))
+        assert "Permission denied" in statuses["under-way"]
+        assert statuses[model] == "ready"
+        assert scalar(db, "select status from embedding_columns") == "ready"
+    finally:
+        (rig.models / "under-way").rmdir()
+
+
 def test_columns_and_their_status(db: Connection, knowledge: Knowledge, rig: Rig, model: str) -> None:
     knowledge(1)
 

@@ -107,6 +107,13 @@ class UnreadableModel(AutoembedError):
     default_hint = "The server's user needs to read the model directory and all folders above it."
 
 
+class UnwritableDirectory(AutoembedError):
+    """{path} cannot be written: {reason}"""
+
+    sqlstate = "58030"
+    default_hint = "Run this as the directory's owner (often: sudo), or name another directory with --dir."
+
+
 class MissingFile(AutoembedError):
     """model "{name}" has no {file}"""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
+import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,10 +15,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from autoembed.adding import convert, trial
+from autoembed.adding import convert, intact, trial
 from autoembed.adding.convert import Notes, Options
 from autoembed.adding.trial import Facts
-from autoembed.errors import InvalidOption, ModelExists, UnknownModel, UnreadableModel
+from autoembed.errors import InvalidOption, ModelExists, UnknownModel, UnwritableDirectory
 from autoembed.models import directory as model_directory
 from autoembed.models import layout as layouts
 from autoembed.models import manifest as manifests
@@ -23,6 +26,8 @@ from autoembed.models.layout import Layout
 from autoembed.models.manifest import BadManifest, Manifest, Origin
 
 LOCK = ".lock"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RUSTS = re.compile(r"\(os error (\d+)\)")
 TOOLS = ("autoembed", "torch", "transformers", "sentence-transformers", "tokenizers", "safetensors")
 
 
@@ -47,13 +52,16 @@ def add_model(
     """Copies, converts, tries out and registers a folder; `origin` is a source and its revision, if not the folder."""
     source = source.resolve()
     name = model_directory.check_name(name or source.name)
-    layout = layouts.inspect(source, name)
-    convert.check_options(layout, options)
+    with intact.reading(source):
+        layout = layouts.inspect(source, name)
+        convert.check_options(layout, options)
+        intact.check(layout)
     with _locked(directory):
         folder = directory / name
         if source == folder.resolve():
             raise InvalidOption(option="PATH", problem="is the model directory's own copy; give --name or another PATH")
-        found = _origin(layout, options, origin or (str(source), None))
+        with intact.reading(source):
+            found = _origin(layout, options, origin or (str(source), None))
         if not force and (present := _same(folder, found)) is not None:
             return Added(present, folder, new=False)
         if folder.exists() and not force:
@@ -117,7 +125,7 @@ def _manifest(layout: Layout, facts: Facts, notes: Notes, options: Options, orig
         default_prompt=default_prompt,
         origin=origin,
         converted=notes.converted,
-        assumed=notes.assumed,
+        assumed=[*notes.assumed, *filter(None, [layouts.document_prompt_note(layout.folder, layout.name)])],
         tools={tool: _version(tool) for tool in TOOLS},
         added=datetime.now(UTC).isoformat(timespec="seconds"),
         files=manifests.hash_files(layout.folder, manifests.paths(layout.folder)),
@@ -153,15 +161,22 @@ def _locked(directory: Path) -> Iterator[None]:
     """Lets one change in at a time; whoever holds the lock clears what killed predecessors left."""
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        lock = (directory / LOCK).open("a")
+        with (directory / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for leftover in directory.glob(".*.*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
     except OSError as error:
-        hint = "Run this as the directory's owner (often: sudo), or name another with --dir."
-        raise UnreadableModel(path=directory, reason=error.strerror, hint=hint) from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for leftover in directory.glob(".*.*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        yield
+        raise _unwritable(directory, error) from None
+    except Exception as error:
+        if found := RUSTS.search(str(error)):  # what safetensors and tokenizers make of the system's error
+            raise _unwritable(directory, OSError(int(found[1]), os.strerror(int(found[1])))) from None
+        raise
+
+
+def _unwritable(directory: Path, error: OSError) -> UnwritableDirectory:
+    hint = "Make room there, or name another directory with --dir." if error.errno in FULL else None
+    return UnwritableDirectory(path=directory, reason=error.strerror or error, hint=hint)
 
 
 def _put_in_place(stage: Path, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a model reads of a text, in memory that the model's limit bounds, and in steps between which a cancel acts.
+"""Reads what a model reads of a text, in memory that its limit bounds, and in steps between which a cancel acts.
 
 A tokenizer keeps dozens to hundreds of bytes for each character, and thirty million of them take it twenty seconds. A
 model reads the first tokens alone, or the last ones; how many characters these are, only the tokenizer can tell: a
@@ -41,7 +41,7 @@ PROBES = ("a", "1", ".", "the")
 
 @dataclass(frozen=True)
 class Reading:
-    """`ids` are what the model reads, with special tokens; `tokens` is how many the whole text has, with special ones.
+    """Holds the `ids` that the model reads, and how many `tokens` the whole text has; special tokens count.
 
     Of a text with more characters than are counted, `tokens` is how many it has at least. `text` is so much of it as
     gives these ids, without the prompt.
@@ -54,7 +54,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Piece:
-    """Of a long text: ids, the characters that give them, and how many characters are done with."""
+    """Holds ids of a long text, the characters that give them, and how many characters are done with."""
 
     ids: list[int]
     text: str
@@ -62,7 +62,7 @@ class Piece:
 
 
 class Reader:
-    """A model's tokenizer with its limit, which counts special tokens, and the side on which it truncates."""
+    """Reads by a tokenizer up to a limit, which counts special tokens, and truncates on one side."""
 
     def __init__(self, tokenizer: Tokenizer, limit: int, side: Side = "right") -> None:
         self.tokenizer = tokenizer
@@ -74,7 +74,7 @@ class Reader:
         self.largest = max(LARGEST_PIECE, self.first)
 
     def read(self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing) -> list[Reading]:
-        """In the order given; `checkpoint` is called between the steps of long texts."""
+        """Returns readings in the order of the texts; calls `checkpoint` between the steps of long ones."""
         unbound(self.tokenizer)
         checkpoint = Sparse(checkpoint)
         whole = [prompt + text for text in texts]
@@ -101,7 +101,7 @@ class Reader:
         return self.reading(ids, self.enough(whole, prompt, pieces, ids), self.count(unread, checkpoint))
 
     def pieces(self, whole: str, checkpoint: Callable[[], None]) -> Iterator[Piece]:
-        """From the end that the model reads, until there are enough tokens or no more characters."""
+        """Yields pieces from the end that the model reads, until there are enough tokens or no more characters."""
         place, kept, size = 0, 0, self.first
         while True:
             checkpoint()
@@ -124,7 +124,7 @@ class Reader:
             place, kept = place + reach, kept + sure
 
     def advance(self, found: Encoding, text: str, sure: int) -> tuple[int, int]:
-        """How many tokens are kept of a largest piece, and how many of its characters they take: some, in any case."""
+        """Returns how many tokens of a largest piece are kept, and how many of its characters are done with: some."""
         if reach := self.end.reach(found, text, sure):
             return sure, reach
         if self.end.is_whole(found, text):
@@ -135,7 +135,7 @@ class Reader:
         return 0, len(text) - MARGIN  # blanks, or a long word that is few tokens, which are found where it ends
 
     def enough(self, whole: str, prompt: int, pieces: Sequence[Piece], ids: list[int]) -> str:
-        """So much of the text as gives these ids; without what is no token, if the rest gives them by itself."""
+        """Returns so much of the text as gives these ids; without what is no token, where the rest gives them."""
         if len(pieces) > 1:
             text = "".join(piece.text for piece in pieces).removeprefix(whole[:prompt])
             found = self.tokenizer.encode(whole[:prompt] + text, add_special_tokens=False).ids
@@ -146,7 +146,7 @@ class Reader:
         return whole[max(start, prompt) : end]
 
     def count(self, text: str, checkpoint: Callable[[], None]) -> int:
-        """Where a piece ends inside of a word, the count may be some tokens off."""
+        """Counts tokens; where a piece ends inside of a word, some too many or too few."""
         tokens = 0
         for piece in cut(text[:COUNTED]):
             checkpoint()
@@ -155,7 +155,7 @@ class Reader:
 
 
 class Head:
-    """The model reads a text's first tokens."""
+    """Reads a text's first tokens."""
 
     def bounds(self, text: str, place: int, size: int) -> tuple[int, int]:
         return place, min(place + size, len(text))
@@ -167,11 +167,11 @@ class Head:
         return ids[:count]
 
     def ordered(self, pieces: Sequence[Piece]) -> list[Piece]:
-        """From the order of reading to that of the text, and back."""
+        """Turns the order of reading into that of the text, and back."""
         return list(pieces)
 
     def sure(self, found: Encoding, text: str) -> int:
-        """How many of a piece's tokens do not depend on what comes after it: words that have ended."""
+        """Returns how many of a piece's tokens do not depend on what comes after it: those of words that have ended."""
         words = found.word_ids
         sure = min(bisect_right(found.offsets, len(text) - MARGIN, key=itemgetter(1)), len(words) - 1)
         while sure > 0 and words[sure - 1] == words[sure]:
@@ -179,17 +179,17 @@ class Head:
         return max(0, sure)
 
     def reach(self, found: Encoding, text: str, count: int) -> int:  # noqa: ARG002
-        """How many characters the first tokens take."""
+        """Returns how many characters the first tokens take."""
         return found.offsets[count - 1][1] if count else 0
 
     def is_whole(self, found: Encoding, text: str) -> bool:
-        """Whether the last word has ended, as far as the piece shows it."""
+        """Says whether the last word has ended, as far as the piece shows it."""
         blank = text[-1].isspace() and not text.isspace()
         return blank or self.reach(found, text, len(found)) <= len(text) - MARGIN
 
 
 class Tail:
-    """The model reads a text's last tokens; the mirror image of `Head`."""
+    """Reads a text's last tokens: the mirror image of `Head`."""
 
     def bounds(self, text: str, place: int, size: int) -> tuple[int, int]:
         return max(0, len(text) - place - size), len(text) - place
@@ -204,7 +204,7 @@ class Tail:
         return list(pieces)[::-1]
 
     def sure(self, found: Encoding, text: str) -> int:
-        """Tokenizers read from left to right, and some take digits three at a time: only a blank starts them anew."""
+        """Trusts what follows a blank: tokenizers read from left to right, and some take digits three at a time."""
         blank = WORD_END.search(text, MARGIN)
         return len(found) - bisect_left(found.offsets, blank.start(), key=itemgetter(0)) if blank else 0
 
@@ -217,7 +217,7 @@ class Tail:
 
 
 def cut(text: str) -> Iterator[str]:
-    """Pieces that end before white space, where there is some in their last quarter."""
+    """Yields pieces that end before white space, where there is some in their last quarter."""
     start = 0
     while start < len(text):
         end = start + PIECE
@@ -229,13 +229,13 @@ def cut(text: str) -> Iterator[str]:
 
 
 def unbound(tokenizer: Tokenizer) -> None:
-    """Neither cuts nor pads: sentence-transformers sets both again whenever it encodes."""
+    """Lets it neither cut nor pad: sentence-transformers sets both again whenever it encodes."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Those that go before a text's own tokens, and those after them."""
+    """Returns those that go before a text's own tokens, and those after them."""
     unbound(tokenizer)
     for probe in PROBES:
         own, whole = tokenizer.encode(probe, add_special_tokens=False).ids, tokenizer.encode(probe).ids

@@ -42,7 +42,7 @@ def check_name(name: str) -> str:
 
 def find(settings: Settings, name: str | None = None) -> Model:
     """Returns the model of this name, or the default one."""
-    if name is None and not (settings.model_dir / default_name(settings)).is_dir():
+    if name is None and not _is_folder(settings.model_dir / default_name(settings)):
         raise NoDefaultModel(name=default_name(settings), directory=settings.model_dir, hint=_way_out(settings))
     name = check_name(name) if name is not None else default_name(settings)
     folder = settings.model_dir / name
@@ -63,7 +63,7 @@ def default_name(settings: Settings) -> str:
 
 
 def registered(directory: Path) -> list[str]:
-    return [folder.name for folder in _folders(directory) if (folder / manifests.FILE).is_file()]
+    return [folder.name for folder in _folders(directory) if _is_registered(folder)]
 
 
 def catalog(settings: Settings) -> list[Entry]:
@@ -75,11 +75,13 @@ def status(folder: Path, manifest: Manifest) -> str:
     try:
         _check_presence(folder, manifest, folder.name)
         _check_strangers(folder, manifest, folder.name)
+        for name, file in manifest.files.items():
+            if (folder / name).stat().st_size != file.stamp.size:
+                return f"broken: {name} has another size"
     except AutoembedError as error:
         return f"broken: {error}"
-    for name, file in manifest.files.items():
-        if (folder / name).stat().st_size != file.stamp.size:
-            return f"broken: {name} has another size"
+    except OSError as error:
+        return f"broken: {_unreadable(folder, error)}"
     return "ready"
 
 
@@ -110,7 +112,7 @@ def look(model: Model) -> list[str]:
     _check_strangers(model.path, manifest, model.name)
     unsure = []
     for name, file in manifest.files.items():
-        size = (model.path / name).stat().st_size
+        size = _size(model.path, name)
         if size != file.stamp.size:
             raise ChangedModel(name=model.name, file=name, change="has another size")
         if size > SMALL and not _is_known(model.path / name, file):
@@ -118,6 +120,13 @@ def look(model: Model) -> list[str]:
         elif not _unchanged(model.path / name, file):
             raise ChangedModel(name=model.name, file=name, change="has another SHA-256")
     return unsure
+
+
+def _size(folder: Path, file: str) -> int:
+    try:
+        return (folder / file).stat().st_size
+    except OSError as error:
+        raise _unreadable(folder, error) from None
 
 
 def _folders(directory: Path) -> Iterator[Path]:
@@ -128,20 +137,40 @@ def _folders(directory: Path) -> Iterator[Path]:
         return
     except OSError as error:
         raise UnreadableModel(path=directory, reason=error.strerror) from None
-    yield from (folder for folder in found if folder.is_dir())
+    yield from filter(_is_folder, found)
+
+
+def _is_folder(path: Path) -> bool:
+    """Says yes also to a link to where nobody may look: what it is shows when it is opened."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return True
+
+
+def _is_registered(folder: Path) -> bool:
+    """Says no where nobody may look: at a copy under way, or at another user's."""
+    try:
+        return (folder / manifests.FILE).is_file()
+    except OSError:
+        return False
+
+
+def _unreadable(folder: Path, error: OSError) -> UnreadableModel:
+    return UnreadableModel(path=error.filename or folder, reason=error.strerror or error)
 
 
 def _manifest(folder: Path, name: str, directory: Path) -> Manifest:
     try:
         return manifests.read(folder)
     except FileNotFoundError:
-        if folder.is_dir():
+        if _is_folder(folder):
             raise BrokenModel(name=name, reason="it was not added", hint=_add_hint(folder)) from None
         raise UnknownModel(name=name, directory=directory, hint=_choice(directory)) from None
     except BadManifest as problem:
         raise BrokenModel(name=name, reason=problem) from None
     except OSError as error:
-        raise UnreadableModel(path=folder, reason=error.strerror) from None
+        raise _unreadable(folder, error) from None
 
 
 def _add_hint(folder: Path) -> str:
@@ -184,13 +213,15 @@ def _model(folder: Path, manifest: Manifest, settings: Settings) -> Model:
 def _entry(folder: Path, settings: Settings) -> Entry:
     if not NAME.fullmatch(folder.name):
         return Entry(folder.name, "broken: not a model's name")
-    if not (folder / manifests.FILE).is_file():
-        return Entry(folder.name, "unregistered", note="`autoembed model add` registers it")
     try:
+        if not (folder / manifests.FILE).is_file():
+            return Entry(folder.name, "unregistered", note="`autoembed model add` registers it")
         manifest = _manifest(folder, folder.name, settings.model_dir)
-        model = _model(folder, manifest, settings)
     except AutoembedError as error:
         return Entry(folder.name, f"broken: {error}")
+    except OSError as error:
+        return Entry(folder.name, f"broken: {_unreadable(folder, error)}")
+    model = _model(folder, manifest, settings)
     return Entry(
         name=model.name,
         status=status(folder, manifest),
@@ -212,9 +243,12 @@ def _served(manifest: Manifest) -> str:
 
 
 def _check_presence(folder: Path, manifest: Manifest, name: str) -> None:
-    for file in manifest.files:
-        if not (folder / file).is_file():
-            raise BrokenModel(name=name, reason=f"{file} is missing")
+    try:
+        missing = [file for file in manifest.files if not (folder / file).is_file()]
+    except OSError as error:
+        raise _unreadable(folder, error) from None
+    if missing:
+        raise BrokenModel(name=name, reason=f"{missing[0]} is missing")
 
 
 def _check_strangers(folder: Path, manifest: Manifest, name: str) -> None:
@@ -226,7 +260,10 @@ def _check_strangers(folder: Path, manifest: Manifest, name: str) -> None:
 
 def _describe(folder: Path, manifest: Manifest, name: str) -> dict[str, File]:
     _check_presence(folder, manifest, name)
-    return manifests.hash_files(folder, manifest.files)
+    try:
+        return manifests.hash_files(folder, manifest.files)
+    except OSError as error:
+        raise _unreadable(folder, error) from None
 
 
 def _unchanged(path: Path, file: File) -> bool:

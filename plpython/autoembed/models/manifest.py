@@ -16,6 +16,15 @@ FORMAT = 1
 # Copied for their readers; they decide no vector and so are no part of the fingerprint.
 DOCUMENTS = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
+TYPES = {
+    **dict.fromkeys(("name", "architecture", "precision", "encoder", "encoder_note"), str),
+    **dict.fromkeys(("dimensions", "max_tokens", "position_limit"), int),
+    **dict.fromkeys(("converted", "assumed"), list),
+    "normalizes": bool,
+    "prompts": dict,
+}
+"""What a field must be: manifests are changed by hand, and written by later versions."""
+
 
 class BadManifest(Exception):
     """The manifest cannot be read; the message says why."""
@@ -109,7 +118,13 @@ def _from_json(content: dict[str, Any]) -> Manifest:
     if missing:
         raise KeyError(missing)
     files = {name: File(each["sha256"], Stamp(**each["stamp"])) for name, each in content.pop("files").items()}
-    return Manifest(origin=Origin(**content.pop("origin")), files=files, **content)
+    manifest = Manifest(origin=Origin(**content.pop("origin")), files=files, **content)
+    if not all(isinstance(each, int) for file in files.values() for each in asdict(file.stamp).values()):
+        raise TypeError("stamps are numbers")
+    for name, kind in TYPES.items():
+        if not isinstance(getattr(manifest, name), kind):
+            raise TypeError(name)
+    return manifest
 
 
 def write(folder: Path, manifest: Manifest) -> None:

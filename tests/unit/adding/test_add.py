@@ -10,7 +10,7 @@ import models_for_tests as made
 from autoembed.adding import add, trial
 from autoembed.adding.add import add_model, remove_model
 from autoembed.adding.convert import Options
-from autoembed.errors import BrokenModel, InvalidName, InvalidOption, ModelExists, UnknownModel, UnreadableModel
+from autoembed.errors import BrokenModel, InvalidName, InvalidOption, ModelExists, UnknownModel, UnwritableDirectory
 from autoembed.models import directory as model_directory
 from autoembed.models import manifest
 from autoembed.settings import Settings
@@ -113,7 +113,7 @@ def test_a_rename_that_fails_brings_the_old_model_back(
 
     monkeypatch.setattr(Path, "rename", refuse)
     made.change_weights(folder, lambda weights: weights["embeddings.LayerNorm.bias"].add_(1))
-    with pytest.raises(OSError, match="disk on fire"):
+    with pytest.raises(UnwritableDirectory, match="disk on fire"):
         add_model(folder, directory, force=True)
     assert content(directory) == [MPNET]
     assert manifest.read(directory / MPNET) == before.manifest
@@ -191,6 +191,6 @@ def test_removing(own_shelf: Settings) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_that_cannot_be_written(folder: Path) -> None:
-    with pytest.raises(UnreadableModel) as raised:
+    with pytest.raises(UnwritableDirectory) as raised:
         add_model(folder, Path("/proc/models"))
     assert "sudo" in str(raised.value.hint)

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +32,7 @@ from autoembed.process import memory
 from autoembed.settings import Settings
 
 MPNET = "tiny-mpnet"
+STAMP_OF_TEXTS = dict.fromkeys(("size", "inode", "mtime_ns", "ctime_ns"), "9")
 
 
 def test_finding_tells_what_the_manifest_knows(shelf: Settings) -> None:
@@ -264,3 +269,97 @@ def test_nothing_is_collected_while_libraries_are_imported(collecting: bool) -> 
         assert gc.isenabled() == collecting
     finally:
         gc.enable()
+
+
+@pytest.fixture
+def beside(own_shelf: Settings) -> Iterator[Path]:
+    """A folder that nobody may look into, beside a model."""
+    folder = own_shelf.model_dir / "under-way"
+    folder.mkdir(mode=0)
+    yield folder
+    folder.chmod(0o755)
+
+
+def test_one_unreadable_folder_is_broken_and_hides_no_other(own_shelf: Settings, beside: Path) -> None:
+    broken, ready = sorted(directory.catalog(own_shelf), key=lambda entry: entry.status)
+    assert (broken.name, broken.status) == (
+        "under-way", f"broken: {beside / 'autoembed.json'} cannot be read: Permission denied"
+    )  # fmt: skip
+    assert (ready.name, ready.status) == ("tiny-mpnet", "ready")
+    assert directory.registered(own_shelf.model_dir) == ["tiny-mpnet"]
+    assert directory.find(own_shelf).name == "tiny-mpnet"
+    with pytest.raises(UnreadableModel, match="Permission denied"):
+        directory.find(own_shelf, "under-way")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "1_Pooling", "autoembed.json"])
+def test_what_of_a_model_may_not_be_read_is_named(own_shelf: Settings, file: str) -> None:
+    path = own_shelf.model_dir / "tiny-mpnet" / file
+    path.chmod(0)
+    try:
+        (entry,) = directory.catalog(own_shelf)
+        wanted = "ready" if file == "model.safetensors" else "broken"  # which a look at sizes does not open
+        assert entry.status.startswith(wanted)
+        with pytest.raises((UnreadableModel, ChangedModel)):
+            directory.verify(directory.find(own_shelf, "tiny-mpnet"))
+    finally:
+        path.chmod(0o755)
+
+
+def test_a_link_to_where_nobody_may_look(own_shelf: Settings, beside: Path) -> None:
+    (own_shelf.model_dir / "linked").symlink_to(beside / "inner")
+    assert {entry.name: entry.status[:6] for entry in directory.catalog(own_shelf)} == {
+        "linked": "broken", "tiny-mpnet": "ready", "under-way": "broken",
+    }  # fmt: skip
+
+
+def test_a_folder_that_goes_during_the_look(own_shelf: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = own_shelf.model_dir / "going"
+    shutil.copytree(own_shelf.model_dir / "tiny-mpnet", other)
+    read = manifest.read
+
+    def read_and_remove(folder: Path) -> manifest.Manifest:
+        found = read(folder)
+        if folder == other:
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(manifest, "read", read_and_remove)
+    assert {entry.name: entry.status[:6] for entry in directory.catalog(own_shelf)} == {
+        "going": "broken", "tiny-mpnet": "ready",
+    }  # fmt: skip
+    assert [entry.name for entry in directory.catalog(own_shelf)] == ["tiny-mpnet"]
+
+
+def test_files_beside_models_are_none(own_shelf: Settings) -> None:
+    (own_shelf.model_dir / "notes.txt").write_text("all-mpnet-base-v2 comes on Monday")
+    (own_shelf.model_dir / "all-mpnet-base-v2").write_text("")
+    assert [entry.name for entry in directory.catalog(own_shelf)] == ["tiny-mpnet"]
+    with pytest.raises(UnreadableModel, match="Not a directory"):
+        directory.find(own_shelf, "all-mpnet-base-v2")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 2},
+        {"dimensions": "32"},
+        {"max_tokens": None},
+        {"prompts": []},
+        {
+            "files": {
+                "config.json": {"sha256": "x", "stamp": dict.fromkeys(("size", "inode", "mtime_ns", "ctime_ns"), "9")}
+            }
+        },
+        {"assumed": "nothing"},
+    ],
+    ids=str,
+)
+def test_another_versions_manifest_breaks_its_own_model_alone(own_shelf: Settings, change: dict[str, Any]) -> None:
+    other = own_shelf.model_dir / "other"
+    shutil.copytree(own_shelf.model_dir / "tiny-mpnet", other)
+    content = json.loads((other / manifest.FILE).read_text())
+    (other / manifest.FILE).write_text(json.dumps(content | change))
+    statuses = {entry.name: entry.status for entry in directory.catalog(own_shelf)}
+    assert statuses["tiny-mpnet"] == "ready"
+    assert statuses["other"].startswith('broken: model "other" cannot be used: autoembed.json is')

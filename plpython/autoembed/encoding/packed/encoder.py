@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoembed.encoding.interrupts import Sparse, nothing
-from autoembed.encoding.packed import pooling
+from autoembed.encoding.packed import pooling, unread
 from autoembed.encoding.packed.int8 import QuantizedNetwork, quantize
 from autoembed.encoding.packed.network import Network, Packed, Shape, UnsupportedNetwork
 from autoembed.encoding.packed.tokenizer import TextTokenizer
@@ -41,6 +41,7 @@ class Pipeline:
     """A folder's tokenizer, network and heads; UnsupportedNetwork where only sentence-transformers computes it."""
 
     def __init__(self, layout: Layout, max_tokens: int, precision: str) -> None:
+        unread.refuse(layout)
         shape = Shape.of(layout.config)
         self.pool, self.heads = pooling.build(layout, mapped)
         self.network = NETWORKS[precision](shape, mapped(layout.transformer, CONVERTED_FILES.get(precision)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TextTokenizer:
-    """`limit` counts special tokens, and ids are cut to it on the side that the file's truncation names."""
+    """Makes ids of texts, cut to the limit, which counts special tokens, on the side that the file names."""
 
     def __init__(self, file: Path, limit: int) -> None:
         from tokenizers import Tokenizer
@@ -24,7 +25,14 @@ class TextTokenizer:
             tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # noqa: BLE001 -- the Rust code raises nothing narrower
             raise ValueError(f"{file.name} cannot be read: {error}") from None
-        self.reader = Reader(tokenizer, limit, side_of(tokenizer))
+        self.side = side_of(tokenizer)
+        self.reader = Reader(tokenizer, limit, self.side)
+
+    def of_limit(self, limit: int) -> TextTokenizer:
+        """Returns the same tokenizer with another limit."""
+        other = copy(self)
+        other.reader = Reader(self.reader.tokenizer, limit, self.side)
+        return other
 
     def tokenize(
         self, texts: Sequence[str], prompt: str = "", checkpoint: Callable[[], None] = nothing
