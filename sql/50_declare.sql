@@ -199,16 +199,21 @@ begin
     perform autoembed.not_yet('destination') where destination is not null;
     options := autoembed.check_options(relation, source, template, cache, track, writes);
     perform autoembed.check_relation(relation);
-    -- against a second declaration at the same time, and against writers that would miss the new triggers
-    execute format('lock table %s in share row exclusive mode', relation);
-    select g.id, autoembed.column_names(g.relation, g.sources), g.options,
-           autoembed.has_pending_index(g.relation, g.target)
-    into id, declared, declared_options, whole
+    whole := autoembed.is_whole(relation, target);
+    if not (whole and if_not_exists) then
+        -- Against a second declaration at the same time, and against writers that would miss the new triggers. The
+        -- strongest lock that is needed comes first: to ask for a stronger one later is to wait for readers that wait
+        -- for this one as they write.
+        execute format('lock table %s in access exclusive mode', relation);
+        whole := autoembed.is_whole(relation, target);
+    end if;
+    select g.id, autoembed.column_names(g.relation, g.sources), g.options
+    into id, declared, declared_options
     from autoembed.registration g join pg_attribute a on a.attrelid = g.relation and a.attnum = g.target
     where g.relation = embed_column.relation and a.attname = embed_column.target;
     if id is not null then
         if if_not_exists then
-            perform autoembed.install(id);
+            perform autoembed.install(id) where not whole;
             if declared <> source then
                 raise warning using message = format('column %I of %s stays declared for other source columns: %s', target, relation, array_to_string(declared, ', ')),
                     hint = 'To change them: embed_column_drop, embed_column, and set the vectors to null.';
@@ -389,7 +394,7 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
 begin
-    execute format('lock table %s in share row exclusive mode', relation);
+    execute format('lock table %s in access exclusive mode', relation);
     select * into r from autoembed.registration g
     where g.id = autoembed.find(embed_column_drop.relation, embed_column_drop.target);
     delete from autoembed.registration g where g.id = r.id;

@@ -149,3 +149,14 @@ begin atomic
     select coalesce(autoembed.relation_hindrance(r), autoembed.target_hindrance(r), autoembed.trigger_hindrance(r),
                     autoembed.rights_hindrance(r), autoembed.publication_hindrance((r).relation));
 end;
+
+-- Is the column declared, with all that a declaration makes? Then declaring it once more takes no lock.
+create function autoembed.is_whole(relation oid, target name) returns boolean
+language sql stable
+begin atomic
+    select exists (
+        select from autoembed.registration r
+        where r.relation = is_whole.relation and autoembed.column_name(r.relation, r.target) = is_whole.target
+          and autoembed.trigger_hindrance(r) is null and autoembed.has_pending_index(r.relation, r.target)
+          and not autoembed.is_outdated(r));
+end;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 
 from support.rigging import Filling, Rig, fill, leftovers, pending, rows, scalar
-from support.server import Connection, Server
+from support.server import Connection, Server, wait_until
 
 pytest_plugins = ["support.rig"]
 
@@ -360,3 +361,49 @@ def test_extension_dropped_meanwhile(db: Connection, connect: Connect, declared:
         filling.result  # noqa: B018
     held = "select count(*) from pg_locks where locktype = 'advisory' and pid = %s"
     assert scalar(db, held, filling.pid) == 0
+
+
+# --- the declaration is changed ----------------------------------------------------------------------------------
+
+CHANGES = {
+    "declare": "embed_column('knowledge', 'content'::name)",
+    "declare anew": "embed_column('knowledge', 'content'::name, if_not_exists => true)",
+    "mode": "embed_column_set('knowledge', 'embedding', mode => 'immediate')",
+    "pause": "embed_column_set('knowledge', 'embedding', enabled => false)",
+    "drop": "embed_column_drop('knowledge')",
+}
+WAITS = "select exists (select from pg_locks where pid = %s and not granted)"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_waits_for_a_reader_that_writes(
+    db: Connection, connect: Connect, knowledge: Knowledge, change: str
+) -> None:
+    """A lock made stronger midway would wait for the reader, who then waits as a writer: 40P01 for one of them."""
+    knowledge(1)
+    if change != "declare":
+        db.execute("select embed_column('knowledge', 'content'::name)")
+    if change == "declare anew":
+        db.execute("drop index knowledge_embedding_pending")
+    changer = connect()
+    changer.execute("select embed('warm')")
+    db.execute("begin")
+    db.execute("select 1 from knowledge")
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(changer.execute, f"select {CHANGES[change]}")
+        with connect() as watcher:
+            wait_until(lambda: scalar(watcher, WAITS, changer.info.backend_pid))
+        db.execute("update knowledge set content = 'written'")
+        db.execute("commit")
+        changing.result(timeout=60)
+    assert scalar(db, "select content from knowledge") == "written"
+
+
+def test_declaring_once_more_waits_for_nobody(db: Connection, connect: Connect, declared: Knowledge) -> None:
+    declared(1)
+    db.execute("begin")
+    db.execute("update knowledge set content = 'written'")
+    other = connect()
+    other.execute("set lock_timeout = 1")
+    other.execute("select embed_column('knowledge', 'content'::name, if_not_exists => true)")
+    db.execute("commit")
