@@ -68,12 +68,30 @@ begin atomic
                 select (k.indkey::smallint[])[1 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
 end;
 
+-- What a REINDEX CONCURRENTLY that was broken off has left of a pending index (..._ccnew, ..._ccold), on the relation
+-- or its partitions: it is never used, is in each write's way, and nothing else tells that it is ours.
+create function autoembed.broken_indexes(relation oid, target smallint) returns setof oid
+language sql stable
+begin atomic
+    select i.indexrelid
+    from autoembed.family(relation) m
+    join pg_catalog.pg_index i on i.indrelid = m and not i.indisvalid and i.indpred is not null
+    join pg_catalog.pg_class c on c.oid = i.indexrelid and c.relkind = 'i' and not c.relispartition
+    where i.indexrelid not in (select p from autoembed.pending_indexes(relation, target) p)
+      and substring(pg_get_indexdef(i.indexrelid) from ' USING .*') in (
+          select substring(pg_get_indexdef(p) from ' USING .*') from autoembed.pending_indexes(relation, target) p);
+end;
+
 create function autoembed.drop_pending_index(relation oid, target smallint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     index oid;
 begin
-    for index in select * from autoembed.pending_indexes(relation, target) loop
+    foreach index in array array(
+        select * from autoembed.broken_indexes(relation, target)
+        union all
+        select * from autoembed.pending_indexes(relation, target))
+    loop
         execute format('drop index %s', index::regclass);
     end loop;
 end

@@ -407,3 +407,30 @@ def test_declaring_once_more_waits_for_nobody(db: Connection, connect: Connect, 
     other.execute("set lock_timeout = 1")
     other.execute("select embed_column('knowledge', 'content'::name, if_not_exists => true)")
     db.execute("commit")
+
+
+BROKEN = "select count(*) from pg_index where indrelid = 'knowledge'::regclass and not indisvalid"
+
+
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_reindex_that_was_broken_off(db: Connection, connect: Connect, declared: Knowledge, is_valid: bool) -> None:
+    """The index that it leaves behind goes with the declaration; one of the user's own stays."""
+    declared(1)
+    db.execute("create index own on knowledge (id) where embedding is null")
+    if not is_valid:
+        db.execute("update pg_index set indisvalid = false where indexrelid = 'own'::regclass")
+    db.execute("begin")
+    db.execute("update knowledge set content = 'written'")
+    indexer = connect()
+    with ThreadPoolExecutor(1) as pool, connect() as watcher:
+        reindexing = pool.submit(indexer.execute, "reindex index concurrently knowledge_embedding_pending")
+        wait_until(
+            lambda: scalar(watcher, WAITS, indexer.info.backend_pid) and scalar(watcher, BROKEN) > (not is_valid)
+        )
+        watcher.execute("select pg_cancel_backend(%s)", [indexer.info.backend_pid])
+        with pytest.raises(psycopg.errors.QueryCanceled):
+            reindexing.result(timeout=60)
+    db.execute("commit")
+    db.execute("select embed_column_drop('knowledge')")
+    left = [name for (name,) in rows(db, "select indexname from pg_indexes where tablename = 'knowledge' order by 1")]
+    assert left == ["knowledge_pkey", "own"]
