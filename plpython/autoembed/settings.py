@@ -1,6 +1,7 @@
 """The settings: EMBEDDING_* variables of the server's environment, which only its administrator can set."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from autoembed.errors import InvalidSetting
 
 DEFAULT_MODEL = "all-mpnet-base-v2"
 DEFAULT_DIRECTORY = "/var/lib/pg_autoembed/models"
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
+NUMBERED = re.compile(r"cuda:(0|[1-9][0-9]{0,2})")
+NO_SETTING = "not a setting"
 PRECISIONS = ("float32", "bfloat16", "int8")
 PREFIX = "EMBEDDING_"
 
@@ -44,7 +47,13 @@ class Variable:
         return PREFIX + self.field.upper()
 
     def raw(self, environ: Mapping[str, str]) -> str | None:
-        return environ.get(self.name, "").strip() or None
+        return environ.get(self.spelling(environ), "").strip() or None
+
+    def spelling(self, environ: Mapping[str, str]) -> str:
+        """Returns the name that is read: its own, else the first that differs in case alone."""
+        if self.name in environ:
+            return self.name
+        return min((name for name in environ if name.upper() == self.name), default=self.name)
 
     def read(self, environ: Mapping[str, str]) -> Any:
         raw = self.raw(environ)
@@ -75,6 +84,10 @@ def _one_of(*choices: str) -> Callable[[str], str]:
     return parse
 
 
+def _device(text: str) -> str:
+    return text.lower() if NUMBERED.fullmatch(text.lower()) else _one_of(*DEVICES)(text)
+
+
 def _directory(text: str) -> Path:
     path = Path(text)
     if not path.is_absolute():
@@ -90,7 +103,7 @@ VARIABLES = (
     Variable("model_name", None, str),
     Variable("model_dir", DEFAULT_DIRECTORY, _directory),
     Variable("batch_size", "32", _whole(1, 512)),
-    Variable("device", "auto", _one_of(*DEVICES)),
+    Variable("device", "auto", _device),
     Variable("max_seq_length", None, _whole(4, 1_000_000)),
     Variable("dimensions", None, _whole(1, 16_000)),
     Variable("threads", None, _whole(1, 1024)),
@@ -108,18 +121,20 @@ def read(environ: Mapping[str, str] = os.environ) -> Settings:
 
 def report(environ: Mapping[str, str] = os.environ) -> list[tuple[str, str | None, str]]:
     """Returns each setting's name, value and source. Never raises: it is what one looks at when a setting is wrong."""
-    return [_row(variable, environ) for variable in VARIABLES]
+    rows = [_row(variable, environ) for variable in VARIABLES]
+    return rows + [(name, environ[name], NO_SETTING) for name in unknown(environ)]
 
 
 def preload_names(environ: Mapping[str, str] = os.environ) -> tuple[str, ...]:
     """Returns what EMBEDDING_PRELOAD names, also where another setting is wrong."""
-    return _names(environ.get(f"{PREFIX}PRELOAD", ""))
+    preload = next(variable for variable in VARIABLES if variable.field == "preload")
+    return _names(preload.raw(environ) or "")
 
 
 def unknown(environ: Mapping[str, str] = os.environ) -> list[str]:
     """Returns variables that look like settings and are none: most often a typing mistake."""
-    known = {variable.name for variable in VARIABLES}
-    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+    known = {variable.spelling(environ) for variable in VARIABLES}
+    return sorted(name for name in environ if name.upper().startswith(PREFIX) and name not in known)
 
 
 def _row(variable: Variable, environ: Mapping[str, str]) -> tuple[str, str | None, str]:

@@ -48,7 +48,10 @@ def test_empty_is_unset() -> None:
         ("EMBEDDING_BATCH_SIZE", "٣", "whole number"),
         ("EMBEDDING_THREADS", "-1", "whole number"),
         ("EMBEDDING_DIMENSIONS", "16001", "from 1 to 16000"),
-        ("EMBEDDING_DEVICE", "tpu", "auto or cpu or cuda or mps"),
+        ("EMBEDDING_DEVICE", "tpu", "auto or cpu or cuda or cuda:N or mps"),
+        ("EMBEDDING_DEVICE", "cuda:", "cuda:N"),
+        ("EMBEDDING_DEVICE", "cuda:N", "cuda:N"),
+        ("EMBEDDING_DEVICE", "cpu:1", "cuda:N"),
         ("EMBEDDING_PRECISION", "int4", "must be float32 or bfloat16 or int8"),
         ("EMBEDDING_MODEL_DIR", "models", "absolute path"),
     ],
@@ -77,3 +80,23 @@ def test_report_shows_values_and_sources_and_never_raises() -> None:
 
 def test_misspelt_variables_are_found() -> None:
     assert settings.unknown({"EMBEDDING_MODEL": "x", "EMBEDDING_DEVICE": "cpu", "HOME": "/"}) == ["EMBEDDING_MODEL"]
+
+
+@pytest.mark.parametrize("wanted", ["cuda:0", "CUDA:1", "cuda:12"])
+def test_one_of_several_devices(wanted: str) -> None:
+    assert settings.read({"EMBEDDING_DEVICE": wanted}).device == wanted.lower()
+
+
+def test_names_are_read_without_regard_to_case() -> None:
+    environ = {"embedding_threads": "2", "Embedding_Preload": "one"}
+    environ |= {"EMBEDDING_BATCH_SIZE": "8", "embedding_batch_size": "9"}
+    read = settings.read(environ)
+    assert (read.threads, read.preload, read.batch_size) == (2, ("one",), 8)
+    assert settings.preload_names(environ) == ("one",)
+    assert settings.unknown(environ) == ["embedding_batch_size"]
+
+
+def test_what_is_no_setting_is_a_row() -> None:
+    rows = settings.report({"EMBEDDING_THREAD": "2", "PATH": "/bin"})
+    assert rows[-1] == ("EMBEDDING_THREAD", "2", "not a setting")
+    assert len(rows) == len(settings.VARIABLES) + 1

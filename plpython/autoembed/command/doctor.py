@@ -112,13 +112,12 @@ def _settings(environ: Mapping[str, str]) -> list[Finding]:
     rows = settings.report(environ)
     unset = [name for name, _, source in rows if source == "default"]
     findings = [_setting(title, *row) for row in rows if row[0] not in unset]
-    findings += [
-        Finding(title, WARNING, f"{name} is not a setting", "Check the spelling.") for name in settings.unknown(environ)
-    ]
-    return [*findings, Finding(title, INFO, f"at their defaults: {len(unset)} of {len(rows)}")]
+    return [*findings, Finding(title, INFO, f"at their defaults: {len(unset)} of {len(settings.VARIABLES)}")]
 
 
 def _setting(title: str, name: str, value: str | None, source: str) -> Finding:
+    if source == settings.NO_SETTING:
+        return Finding(title, WARNING, f"{name} is {source}", "Check the spelling.")
     if source.startswith("invalid: "):
         return Finding(title, WRONG, source.removeprefix("invalid: "), f"Change or unset {name}.")
     return Finding(title, OK, f"{name} = {value} ({source})")

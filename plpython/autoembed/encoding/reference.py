@@ -119,7 +119,7 @@ class StEncoder:
     def _release(self) -> None:
         """Gives a device's memory back: its allocator keeps what a failed pass took."""
         memory.trim()
-        if self.device == "cuda":
+        if self.device.startswith("cuda"):
             import torch
 
             torch.cuda.empty_cache()

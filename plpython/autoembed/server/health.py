@@ -44,6 +44,8 @@ def check_all(gd: dict[str, Any], environ: Mapping[str, str] = os.environ) -> di
     return {
         "model": made(check_model, environ),
         "encoder": made(check_encoder, current, model),
+        "settings": made(check_settings, environ),
+        "device": made(check_device, environ),
         "torch": made(check_torch),
         "preload": made(check_preload, gd, model),
     }
@@ -92,8 +94,6 @@ def check_encoder(current: Settings | None, model: Model | None) -> Check:
     for package in PACKED_NEEDS if packed else PACKED_NEEDS + SENTENCE_TRANSFORMERS:
         if not is_installed(package):
             raise MissingPackage(package=package, purpose=f'model "{model.name}"')
-    if current.device != "auto" and "torch" in sys.modules:
-        device.resolve(current.device)
     if packed and current.device in ("auto", "cpu"):
         return Check(OK, f'model "{model.name}" runs in the packed encoder')
     return Check(OK, f'model "{model.name}" runs in sentence-transformers')
@@ -101,6 +101,19 @@ def check_encoder(current: Settings | None, model: Model | None) -> Check:
 
 def is_installed(package: str) -> bool:
     return package in sys.modules or importlib.util.find_spec(package) is not None
+
+
+def check_settings(environ: Mapping[str, str]) -> Check:
+    settings.read(environ)
+    if names := settings.unknown(environ):
+        hint = "Check the spelling, in the server's environment; embedding_settings shows what there is."
+        return Check(WARN, f"{', '.join(names)}: not a setting", hint)
+    return Check(OK, "every EMBEDDING_ variable of the server's environment is a setting that can be read")
+
+
+def check_device(environ: Mapping[str, str]) -> Check:
+    """Looks without loading torch, so that what every call will say is said by a fresh session, too."""
+    return Check(OK, device.check(settings.read(environ).device))
 
 
 def check_torch() -> Check:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from autoembed.server.health import FAIL, OK, WARN, Check
 from autoembed.settings import Settings
 from support.stubs import add_stub
 
-NAMES = ["model", "encoder", "torch", "preload"]
+NAMES = ["model", "encoder", "settings", "device", "torch", "preload"]
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def weights(environ: dict[str, str]) -> Path:
 
 
 def test_all_is_well_but_for_preloading(environ: dict[str, str]) -> None:
-    assert statuses(environ) == {"model": OK, "encoder": OK, "torch": OK, "preload": WARN}
+    assert statuses(environ) == dict.fromkeys(NAMES, OK) | {"preload": WARN}
     assert "by size, inode and times" in look(environ).message
 
 
@@ -114,7 +115,7 @@ def test_model_that_cannot_be_used(environ: dict[str, str], damage: str) -> None
 def test_which_encoder(shelf: Settings) -> None:
     environ = {"EMBEDDING_MODEL_DIR": str(shelf.model_dir), "EMBEDDING_MODEL_NAME": "tiny-mpnet"}
     assert "runs in the packed encoder" in look(environ, "encoder").message
-    cuda = look(environ | {"EMBEDDING_DEVICE": "mps"}, "encoder")
+    cuda = look(environ | {"EMBEDDING_DEVICE": "mps"}, "device")
     assert cuda.status == (OK if device.available("mps") else FAIL)
 
 
@@ -168,3 +169,43 @@ def test_a_check_that_cannot_be_made_takes_no_other_with_it(
     assert list(found) == NAMES
     assert found["torch"] == Check(WARN, "this check could not be made: TypeError")
     assert found["model"].status == OK
+
+
+# --- settings and device -------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_fails_before_torch_is_loaded(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    for wanted in ("cuda", "cuda:1", "mps"):
+        found = look(environ | {"EMBEDDING_DEVICE": wanted}, "device")
+        assert found.status == FAIL
+        assert found.message.startswith(f"EMBEDDING_DEVICE is {wanted}, but")
+        assert found.hint
+    for wanted in ("auto", "cpu"):
+        assert look(environ | {"EMBEDDING_DEVICE": wanted}, "device").status == OK
+    assert "torch" not in sys.modules
+
+
+def test_a_gpu_that_may_be_there_is_for_torch_to_say(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "2.13.0+cu130")
+    for file, status in (("/dev/null", OK), ("/dev/no-such-gpu", FAIL)):
+        monkeypatch.setattr(device, "GPU_FILES", (file,))
+        assert look(environ | {"EMBEDDING_DEVICE": "cuda:0"}, "device").status == status
+
+
+def test_a_device_that_torch_does_not_find(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert look(environ | {"EMBEDDING_DEVICE": "cuda:1"}, "device").status == OK
+    assert look(environ | {"EMBEDDING_DEVICE": "cuda:2"}, "device").status == FAIL
+
+
+def test_what_is_no_setting_is_a_warning(environ: dict[str, str]) -> None:
+    found = look(environ | {"embedding_thread": "2"}, "settings")
+    assert (found.status, found.message) == (WARN, "embedding_thread: not a setting")
+    assert look(environ | {"EMBEDDING_THREADS": "no"}, "settings").status == FAIL
