@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import time
@@ -316,11 +317,29 @@ def test_one_log_line_a_call(db: Connection, declared: Knowledge, rig: Rig) -> N
     declared(9)
     before = len(rig.server.log)
     fill(db, batch=3)
-    lines = [line for line in rig.server.log[before:].splitlines() if "autoembed:" in line]
+    lines = [line for line in rig.server.log[before:].splitlines() if "autoembed: 9" in line]
     assert len(lines) == 1
     assert "LOG:  autoembed: 9 rows embedded, 0 failed" in lines[0]
     assert "rows/s" in lines[0]
     assert "stub-384 on cpu" in lines[0]
+
+
+def test_the_log_names_the_models_of_the_call_and_each_that_is_loaded(
+    db: Connection, declared: Knowledge, rig: Rig
+) -> None:
+    add_stub(rig.models, "stub-beside")
+    try:
+        before = len(rig.server.log)
+        db.execute("select embed('warm', 'stub-beside')")
+        declared(9)
+        fill(db)
+    finally:
+        shutil.rmtree(rig.models / "stub-beside")
+    logged = rig.server.log[before:]
+    (line,) = [line for line in logged.splitlines() if "autoembed: 9" in line]
+    assert line.endswith("rows/s), stub-384 on cpu")
+    for name in ("stub-beside", "stub-384"):
+        assert re.search(rf"autoembed: model {name} loaded on cpu in \d+\.\d s, \d+ MB of weights", logged)
 
 
 def test_one_row_is_one_row(db: Connection, declared: Knowledge, rig: Rig) -> None:

@@ -106,6 +106,8 @@ class FillCall:
         self.started = time.monotonic()
         self.counted = 0
         self.used = False
+        self.encoders: dict[str, str] = {}
+        """The models that this call encoded with, and their devices."""
 
     def fill_pending(self, relation: str | None, max_rows: int | None, max_seconds: int | None) -> dict[str, int]:
         check_limits(max_rows, max_seconds)
@@ -157,7 +159,7 @@ class FillCall:
 
     def log(self, seconds: float) -> None:
         totals = self.totals
-        encoders = ", ".join(f"{name} on {loaded.encoder.device}" for name, loaded in self.models.by_name.items())
+        encoders = ", ".join(f"{name} on {device}" for name, device in self.encoders.items())
         self.plpy.log(
             f"autoembed: {counted(totals.embedded)} embedded, {totals.failed} failed, {totals.skipped} skipped, "
             f"{totals.lost} left to other workers, {totals.truncated} truncated in {seconds:.1f} s "
@@ -216,7 +218,9 @@ class FillCall:
     def encoder_of(self, column: Column) -> Encoder:
         """Loads at the first row that needs it, so that a call with nothing pending costs no model."""
         self.used = True
-        return encoder_of(column, self.models)
+        encoder = encoder_of(column, self.models)
+        self.encoders[encoder.model.name] = encoder.device
+        return encoder
 
     def worker(self, max_seconds: int | None) -> Worker:
         def fill(column: Column, _: Totals, limits: Limits) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,8 +44,9 @@ class LoadedModel:
 class LoadedModels:
     """A session's, by name, the least recently used first. Shared ones are the postmaster's: they take no room here."""
 
-    def __init__(self, gd: dict[str, Any], status: StatusFile) -> None:
+    def __init__(self, gd: dict[str, Any], status: StatusFile, log: Callable[[str], object]) -> None:
         self.gd = gd
+        self.log = log
         self.status = status
         self.by_name: dict[str, LoadedModel] = {}
 
@@ -70,7 +71,11 @@ class LoadedModels:
         if encoder is None:
             self.make_room(model, current)
             encoder = load_encoder(model, current)
-        return LoadedModel(encoder, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        if not encoder.shared:
+            megabytes = f"{model.bytes / MEGABYTE:.0f} MB of weights"
+            self.log(f"autoembed: model {model.name} loaded on {encoder.device} in {seconds:.1f} s, {megabytes}")
+        return LoadedModel(encoder, seconds)
 
     def make_room(self, model: Model, current: Settings) -> None:
         """Closes models for one more: within their number, and within the megabytes of weights."""

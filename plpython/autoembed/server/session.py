@@ -35,7 +35,7 @@ class Session:
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
         self.gd = gd
-        self.models: LoadedModels = gd.setdefault("autoembed models", LoadedModels(gd, StatusFile()))
+        self.models: LoadedModels = gd.setdefault("autoembed models", LoadedModels(gd, StatusFile(), plpy.log))
         self.database = SessionDatabase(plpy)
         self.immediate = Immediate(plpy, self.database, self.models)
 
