@@ -1,14 +1,60 @@
 -- Immediate mode: statement triggers that embed a statement's new rows in one pass.
 
--- Immediate mode: the statement's new rows in one pass. Never makes the statement fail because a model did.
-create function autoembed.embed_rows() returns trigger
-language plpython3u as $$
+-- How many new rows of a statement are embedded at most. Null while this session writes the column's vectors, which is
+-- an UPDATE too, and calls the trigger again; and where there is no Python: writes never fail because of it.
+create function autoembed.most_new_rows(registration bigint, label text) returns integer
+language plpython3u volatile parallel unsafe as $$
 if "autoembed 1" not in GD:
     try: plpy.execute("select autoembed.start()")
     except plpy.SPIError as error:
         if getattr(error, "sqlstate", "").startswith("57"): raise
         return plpy.warning("new rows stay pending: the Python package of pg_autoembed does not load")
-GD["autoembed 1"].embed_rows(int(TD["relid"]), TD["args"][0])
+return GD["autoembed 1"].most_new_rows(registration, label)
+$$;
+
+-- Encodes and writes; what a model or a missing right prevents stays pending, with a warning. It is open to all, and
+-- looks at the caller's rights by itself: autoembed.immediate knows no column where they do not suffice.
+create function autoembed.embed_new(
+    relation oid, target name, keys jsonb[], contents text[], hashes bytea[], out done boolean, out refusal autoembed.refusal)
+language plpython3u volatile parallel unsafe as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].embed_new(relation, target, keys, contents, hashes)
+$$;
+
+-- Immediate mode: the statement's new rows in one pass. Never makes the statement fail because a model did.
+create function autoembed.embed_rows() returns trigger
+language plpgsql as $$
+declare
+    plan record;
+    answer record;
+    most pg_catalog.int4;
+    keys pg_catalog.jsonb[];
+    contents pg_catalog.text[];
+    hashes pg_catalog.bytea[];
+begin
+    select * into plan from autoembed.immediate(tg_relid, tg_argv[0]::pg_catalog.name);
+    if plan.query is null then
+        return null;
+    end if;
+    most := autoembed.most_new_rows(plan.registration, plan.label);
+    if most is null then
+        return null;
+    end if;
+    begin
+        execute plan.query into keys, contents, hashes using most operator(pg_catalog.+) 1;
+    exception when others then
+        if pg_catalog.left(sqlstate, 2) operator(pg_catalog.=) any ('{25,40,57}'::pg_catalog.text[]) then
+            raise;
+        end if;
+        raise warning '%: new rows stay pending (SQLSTATE %)', plan.label, sqlstate;
+        return null;
+    end;
+    if keys is not null and pg_catalog.cardinality(keys) operator(pg_catalog.<=) most then
+        answer := autoembed.embed_new(tg_relid, tg_argv[0]::pg_catalog.name, keys, contents, hashes);
+        perform autoembed.accepted(answer.refusal);
+    end if;
+    return null;
+end
 $$;
 
 create function autoembed.may_declare(role oid) returns boolean
@@ -50,8 +96,9 @@ begin
     label := s.label;
     dimensions := s.dimensions;
     column_sql := s::text;
-    query := format('select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
-                     where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
+    query := format('select pg_catalog.array_agg(c.key), pg_catalog.array_agg(c.content), pg_catalog.array_agg(c.hash)
+                     from (select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
+                           where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]'' limit $1) c',
                     s.key, s.content, s.pending);
     return next;
 end

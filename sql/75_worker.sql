@@ -112,13 +112,25 @@ begin atomic
         join pg_catalog.pg_database d on d.oid = l.database and d.datname = current_database());
 end;
 
+create procedure autoembed.fill_on(
+    batch integer, max_seconds integer, workers integer,
+    inout embedded bigint, inout failed bigint, inout skipped bigint, inout cached bigint, inout refusal autoembed.refusal)
+language plpython3u as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].fill_on(batch, max_seconds, workers)
+$$;
+
 create procedure embed_worker(
     batch integer default null, max_seconds integer default 3600, workers integer default 1,
     inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0,
     inout cached bigint default 0)
-language plpython3u as $$
-if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed 1"].embed_worker(batch, max_seconds, workers)
+language plpgsql as $$
+declare
+    refusal autoembed.refusal;
+begin
+    call autoembed.fill_on(batch, max_seconds, workers, embedded, failed, skipped, cached, refusal);
+    perform autoembed.accepted(refusal);
+end
 $$;
 
 comment on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint) is
@@ -190,17 +202,21 @@ begin atomic
     where f.registration = held_rows.registration and f.key = any (keys);
 end;
 
-create procedure embed_wait(relation regclass, timeout interval default '1 minute')
+create procedure autoembed.wait_for(relation oid, label text, timeout interval, seconds double precision, inout refusal autoembed.refusal)
 language plpython3u as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
-GD["autoembed 1"].embed_wait(relation, timeout)
+return GD["autoembed 1"].wait_for(relation, label, timeout, seconds)
+$$;
+
+create procedure embed_wait(relation regclass, timeout interval default '1 minute')
+language plpgsql as $$
+declare
+    refusal autoembed.refusal;
+begin
+    call autoembed.wait_for(relation, relation::pg_catalog.text, timeout, extract(epoch from timeout)::pg_catalog.float8, refusal);
+    perform autoembed.accepted(refusal);
+end
 $$;
 
 comment on procedure embed_wait(regclass, interval) is
     'return once no row of the relation is pending or failing; an error when time is up, or when rows have failed for good';
-
-create function autoembed.seconds(duration text) returns double precision
-language sql immutable
-begin atomic
-    select extract(epoch from duration::interval)::double precision;
-end;

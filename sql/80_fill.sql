@@ -1,23 +1,28 @@
 -- Filling. A procedure that commits can be neither security definer nor carry a set clause.
 
+create procedure autoembed.fill_pending(
+    batch integer, relation oid, max_rows bigint, max_seconds integer,
+    inout embedded bigint, inout failed bigint, inout skipped bigint, inout cached bigint, inout refusal autoembed.refusal)
+language plpython3u as $$
+if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
+return GD["autoembed 1"].fill_pending(batch, relation, max_rows, max_seconds)
+$$;
+
 create procedure embed_pending(
     batch integer default null, relation regclass default null, max_rows bigint default null, max_seconds integer default null,
     inout embedded bigint default 0, inout failed bigint default 0, inout skipped bigint default 0,
     inout cached bigint default 0)
-language plpython3u as $$
-if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed 1"].embed_pending(batch, relation, max_rows, max_seconds)
+language plpgsql as $$
+declare
+    refusal autoembed.refusal;
+begin
+    call autoembed.fill_pending(batch, relation, max_rows, max_seconds, embedded, failed, skipped, cached, refusal);
+    perform autoembed.accepted(refusal);
+end
 $$;
 
 comment on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint) is
     'fills what is pending, with a commit after each batch: in the named relation, or in all that the caller owns';
-
--- A regclass reaches Python as text that depends on search_path.
-create function autoembed.oid_of(relation text) returns oid
-language sql stable
-begin atomic
-    select relation::regclass::oid;
-end;
 
 create function embed_retry(relation regclass default null) returns bigint
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

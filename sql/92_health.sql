@@ -19,12 +19,20 @@ begin atomic
 end;
 
 -- model, encoder, torch and preload
-create function autoembed.encoding_health(out check_name text, out status text, out message text, out hint text)
+create function autoembed.list_checks(
+    out check_name text, out status text, out message text, out hint text, out refusal autoembed.refusal)
 returns setof record
 language plpython3u volatile parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
-return GD["autoembed 1"].health()
+return GD["autoembed 1"].list_checks()
 $$;
+
+create function autoembed.encoding_health(out check_name text, out status text, out message text, out hint text)
+returns setof record
+language sql volatile parallel unsafe
+begin atomic
+    select c.check_name, c.status, c.message, c.hint from autoembed.list_checks() c where autoembed.accepted(c.refusal);
+end;
 
 create function autoembed.columns_health(out check_name text, out status text, out message text, out hint text)
 language sql stable

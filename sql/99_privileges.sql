@@ -48,6 +48,25 @@ revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint
 revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint), embed_wait(regclass, interval) from public;
 revoke all on function embed_schedule(text, integer, integer), embed_unschedule(), embed_load(text), embed_unload() from public;
 
+-- May the caller call the function of the interface around this one in Python? Asked anew each time: the answer changes
+-- with SET ROLE.
+create function autoembed.may_call(name text) returns boolean
+language sql stable
+begin atomic
+    select case name
+        when 'encode_text' then has_function_privilege('embed(text, text, text)'::regprocedure, 'execute')
+        when 'encode_texts' then has_function_privilege('embed(text[], text, text)'::regprocedure, 'execute')
+                                 or has_function_privilege('embed_texts(text[], text, text)'::regprocedure, 'execute')
+        when 'load_model' then has_function_privilege('embed_load(text)'::regprocedure, 'execute')
+        when 'unload_models' then has_function_privilege('embed_unload()'::regprocedure, 'execute')
+        when 'fill_pending' then has_function_privilege(
+            'embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint)'::regprocedure, 'execute')
+        when 'fill_on' then has_function_privilege(
+            'embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint)'::regprocedure, 'execute')
+        when 'wait_for' then has_function_privilege('embed_wait(regclass, interval)'::regprocedure, 'execute')
+    end;
+end;
+
 grant select on
     embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput, embedding_failures,
     embedding_truncations, embedding_sessions, embedding_health

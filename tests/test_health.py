@@ -128,9 +128,9 @@ def test_model_added_again_is_not_the_preloaded_one(working_rig: Rig, home: Conn
 
 def test_python_that_does_not_fit(db: Connection) -> None:
     """An extension of another release than the package; the rest of the view still answers."""
-    body = str(scalar(db, "select prosrc from pg_proc where oid = 'autoembed.start()'::regprocedure"))
-    body = body.replace("api_version=1", "api_version=2")
-    db.execute(f"create or replace function autoembed.start() returns void language plpython3u as $body${body}$body$")
+    for name, version in (("start", "api_version="), ("list_checks", '"autoembed ')):
+        whole = str(scalar(db, "select pg_get_functiondef(%s::regproc)", f"autoembed.{name}"))
+        db.execute(whole.replace(f"{version}1", f"{version}2").encode())
     found = {row[0]: row for row in rows(db, "select * from embedding_health")}
     assert found["encoding"][1] == "fail"
     assert "the extension's SQL speaks version 2" in found["encoding"][2]

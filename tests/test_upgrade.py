@@ -64,6 +64,9 @@ begin atomic
 end"""
 RUN_SECONDS = "    write_seconds double precision not null\n);"
 WITH_DEVICE = RUN_SECONDS.replace("not null\n", "not null,\n    device text\n")
+UNLOADING = """unload_models(out count integer, out refusal autoembed.refusal)
+language plpython3u volatile parallel unsafe as $$
+"""
 DDL_TAGS = "when tag in ('CREATE TABLE', 'CREATE TRIGGER', 'ALTER TRIGGER', 'ALTER TABLE', 'ALTER TYPE')"
 
 CHANGES = {
@@ -93,10 +96,10 @@ CHANGES = {
     ),
     "function in Python": change(
         "88_sessions.sql",
-        "returns integer\nlanguage plpython3u volatile parallel unsafe as $$\n",
-        "returns integer\nlanguage plpython3u volatile parallel unsafe as $$\n# all of them\n",
-        "replace function embed_unload",
-        "function @extschema@.embed_unload()",
+        UNLOADING,
+        f"{UNLOADING}# all of them\n",
+        "replace function autoembed.unload_models",
+        "function autoembed.unload_models()",
     ),
     "way to the package": change(  # the site is another one with each release
         "30_python.sql", "", "", "replace function autoembed.start", "function autoembed.start()"

@@ -16,7 +16,7 @@ from autoembed.filling.sqlstates import CALLS_OWN
 from autoembed.filling.transactions import Transactions
 from autoembed.filling.worker import LONGEST, SHORTEST, Worker, sleep
 from autoembed.server.progress import Progress, counted
-from autoembed.server.refusals import Refusal, worded
+from autoembed.server.refusals import Answer, Refusal, said
 
 if TYPE_CHECKING:
     from autoembed.encoding.protocol import Encoder
@@ -52,9 +52,9 @@ def check_workers(workers: int | None) -> int:
 @contextmanager
 def committing(database: SessionDatabase, procedure: str, when: str = "after each batch") -> Iterator[None]:
     """Commits bare before anything is claimed, and stays at read committed to the end."""
-    if database.value("select pg_catalog.pg_is_in_recovery()"):
+    if database.trusted_value("select pg_catalog.pg_is_in_recovery()"):
         raise Refusal(f"{procedure} cannot fill a standby", "25006", "Run it on the primary.")
-    isolation = str(database.value("select pg_catalog.current_setting('default_transaction_isolation')"))
+    isolation = str(database.trusted_value("select pg_catalog.current_setting('default_transaction_isolation')"))
     if isolation != "read committed":
         set_isolation(database, "read committed")
     commit_bare(database, procedure, when)
@@ -79,7 +79,9 @@ def commit_bare(database: SessionDatabase, procedure: str, when: str) -> None:
 
 
 def set_isolation(database: SessionDatabase, level: str) -> None:
-    database.value("select pg_catalog.set_config('default_transaction_isolation', $1, false)", ["text"], [level])
+    database.trusted_value(
+        "select pg_catalog.set_config('default_transaction_isolation', $1, false)", ["text"], [level]
+    )
 
 
 def encoder_of(column: Column, models: LoadedModels) -> Encoder:
@@ -109,14 +111,13 @@ class FillCall:
         self.encoders: dict[str, str] = {}
         """The models that this call encoded with, and their devices."""
 
-    def fill_pending(self, relation: str | None, max_rows: int | None, max_seconds: int | None) -> dict[str, int]:
+    def fill_pending(self, relation: int | None, max_rows: int | None, max_seconds: int | None) -> Answer:
         check_limits(max_rows, max_seconds)
-        oid = None if relation is None else self.database.oid_of(relation)
         with self.freeing_memory(), committing(self.database, "embed_pending"):
-            self.fill_columns(oid, Limits(max_rows, max_seconds))
+            self.fill_columns(relation, Limits(max_rows, max_seconds))
         return self.conclude()
 
-    def stay(self, max_seconds: int | None, workers: int | None) -> dict[str, int]:
+    def stay(self, max_seconds: int | None, workers: int | None) -> Answer:
         check_limits(None, max_seconds)
         workers = check_workers(workers)
         with self.freeing_memory(), committing(self.database, "embed_worker"), self.place(workers) as is_free:
@@ -141,21 +142,21 @@ class FillCall:
 
         In the end whichever of them this session holds is released: a cancel may have come as one was taken.
         """
-        places = self.database.value("select autoembed.own_places($1)", ["int4"], [workers])
+        places = self.database.trusted_value("select autoembed.own_places($1)", ["int4"], [workers])
         try:
-            place = self.database.value("select autoembed.take_place($1)", ["int8[]"], [places])
+            place = self.database.trusted_value("select autoembed.take_place($1)", ["int8[]"], [places])
             places = places if place is None else [place]
             self.database.commit()
             yield place is not None
         finally:
             Transactions(self.database).undo(partial(self.database.release, places))
 
-    def conclude(self) -> dict[str, int]:
+    def conclude(self) -> Answer:
         """Writes the call's line into the server's log, if it did anything; returns its INOUT arguments."""
         totals = self.totals
         if totals.embedded or totals.failed or totals.skipped:
             self.log(time.monotonic() - self.started)
-        return {"embedded": totals.embedded, "failed": totals.failed, "skipped": totals.skipped, "cached": 0}
+        return Answer(embedded=totals.embedded, failed=totals.failed, skipped=totals.skipped, cached=0)
 
     def log(self, seconds: float) -> None:
         totals = self.totals
@@ -204,10 +205,19 @@ class FillCall:
             if state.startswith(CALLS_OWN):
                 raise
             self.database.rollback()
-            said = worded(self.database, error)
-            trouble = NotFilled(problem=said, hint=said.hint)
-            trouble.sqlstate = state
+            problem = self.problem(column, error)
+            trouble = NotFilled(problem=problem, hint=problem.hint)
+            trouble.sqlstate = problem.sqlstate
             raise trouble from None
+
+    def problem(self, column: Column, error: Exception) -> Refusal:
+        """Returns our own SQL's words where a right is gone, for a table's trigger may have said so as well."""
+        try:
+            self.database.authorize(column)
+        except self.database.error as own:
+            error = own
+        self.database.rollback()
+        return said(self.database, error)
 
     def count(self, column: Column) -> None:
         """Counts the model's texts since the last batch."""
@@ -232,39 +242,49 @@ class FillCall:
         return Worker(self.database, fill, self.models.free_memory, warn, self.totals, max_seconds)
 
 
-def wait(database: SessionDatabase, relation: str | None, timeout: str | None) -> None:
+def wait(
+    database: SessionDatabase, relation: int | None, label: str | None, timeout: str | None, seconds: float | None
+) -> None:
     """Returns once no row of the relation is pending or failing."""
-    if relation is None or timeout is None:
+    if relation is None or label is None or seconds is None:
         raise Refusal("relation and timeout must not be null", "22004")
-    oid = database.oid_of(relation)
-    seconds = database.value("select autoembed.seconds($1)", ["text"], [timeout])
     if seconds < 0:
         raise Refusal(f"timeout is {timeout}", "22023", "timeout is 0 or more.")
     with committing(database, "embed_wait", "between its looks"):
-        wait_until(database, oid, relation, time.monotonic() + seconds)
+        wait_until(database, relation, label, time.monotonic() + seconds)
 
 
-def wait_until(database: SessionDatabase, oid: int, relation: str, end: float) -> None:
+def wait_until(database: SessionDatabase, relation: int, label: str, end: float) -> None:
     """Looks again and again; asleep it holds no snapshot: what it waits for would be vacuumed in vain."""
     interval = SHORTEST
     while True:
-        left = database.row("select * from autoembed.outstanding($1)", ["oid"], [oid])
+        left = outstanding(database, relation)
         database.commit()
         if not left["pending"] and not left["failed"]:
             return
         if not left["pending"]:
             raise Refusal(
-                f"rows of {relation} could not be embedded and are not tried again: {left['failed']}",
+                f"rows of {label} could not be embedded and are not tried again: {left['failed']}",
                 "55000",
                 "embedding_failures says why; embed_retry lets them be tried again.",
             )
         if time.monotonic() >= end:
-            why = database.value("select autoembed.why_left($1)", ["oid"], [oid])
+            why = database.value("select autoembed.why_left($1)", ["oid"], [relation])
             raise Refusal(
-                f"rows of {relation} are still pending{f': {why}' if why else ''}",
+                f"rows of {label} are still pending{f': {why}' if why else ''}",
                 "57014",
                 "Is a worker at work (embed_worker, embed_schedule)? embedding_progress shows how far it is, "
                 "embedding_failures why rows failed.",
             )
         sleep(database, min(interval, end - time.monotonic()))
         interval = min(2 * interval, LONGEST)
+
+
+def outstanding(database: SessionDatabase, relation: int) -> Any:
+    """Returns what is left of it. Our own SQL speaks first, where it refuses: a table's policy may have, as well."""
+    try:
+        return database.row("select * from autoembed.outstanding($1)", ["oid"], [relation])
+    except database.error:
+        database.rollback()
+        database.columns(relation)
+        raise

@@ -18,6 +18,20 @@ RELEASE = """
 """Where DROP EXTENSION has taken autoembed.release away; warns about locks that were not held, which it cannot know."""
 
 
+class TrustedStep:
+    """Marks what the server refuses meanwhile as its own words, or our SQL's: none of a table's own code is running."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if error is not None:
+            error.is_servers_own = True  # type: ignore[attr-defined]
+
+
+TRUSTED = TrustedStep()
+
+
 class SessionDatabase:
     """`FillDatabase` and `WorkerDatabase` over plpy. Plans are prepared once a session."""
 
@@ -40,11 +54,24 @@ class SessionDatabase:
         row = self.row(query, types, arguments)
         return next(iter(row.values()))
 
-    def oid_of(self, relation: str) -> int:
-        return int(self.value("select autoembed.oid_of($1)", ["text"], [relation]))
+    def trusted_value(self, query: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> Any:
+        with TRUSTED:
+            return self.value(query, types, arguments)
+
+    def may_call(self, name: str) -> bool:
+        return bool(self.trusted_value("select autoembed.may_call($1)", ["text"], [name]))
+
+    def immediate(self, relation: int, target: str) -> Any:
+        with TRUSTED:
+            return self.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
+
+    def visible_pids(self) -> set[int]:
+        with TRUSTED:
+            return {row["pid"] for row in self.execute("select autoembed.visible_pids() as pid")}
 
     def columns(self, oid: int | None) -> list[Column]:
-        rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
+        with TRUSTED:
+            rows = self.execute("select * from autoembed.columns($1)", ["oid"], [oid])
         return [column_of(row) for row in rows]
 
     def declarations(self) -> str:
@@ -166,7 +193,8 @@ class SessionDatabase:
         self.execute("select autoembed.tidy($1::autoembed.column_sql)", ["text"], [column.column_sql])
 
     def authorize(self, column: Column) -> None:
-        self.execute("select autoembed.lock_column($1::autoembed.column_sql)", ["text"], [column.column_sql])
+        with TRUSTED:
+            self.execute("select autoembed.lock_column($1::autoembed.column_sql)", ["text"], [column.column_sql])
 
     def sqlstate(self, error: Exception) -> str:
         """Returns an error's; PL/Python has only the number of one that a trigger made up (elog.h: MAKE_SQLSTATE)."""
@@ -175,6 +203,9 @@ class SessionDatabase:
             return str(known)
         details = getattr(error, "spidata", None)
         return "".join(chr((details[0] >> 6 * digit & 63) + 48) for digit in range(5)) if details else "XX000"
+
+    def is_servers_own(self, error: Exception) -> bool:
+        return getattr(error, "is_servers_own", False)
 
     def constraint(self, error: Exception) -> str | None:
         """Returns an error's, if there is one of that name: a trigger can name any (USING CONSTRAINT = …)."""
@@ -185,7 +216,8 @@ class SessionDatabase:
         return str(name)
 
     def check_interrupts(self) -> None:
-        self.plpy.execute("select 1")
+        with TRUSTED:
+            self.plpy.execute("select 1")
 
     def check_encoding(self) -> None:
         """Lets a cancel through amid a pass, without a commit: as in `Filler.checkpoint`."""

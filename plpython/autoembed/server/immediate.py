@@ -27,27 +27,28 @@ class Immediate:
         self.models = models
         self.at_work: set[int] = set()
 
-    def embed_rows(self, relation: int, target: str) -> None:
-        """Embeds a statement's new rows in one pass. What a model or a missing right prevents stays pending.
+    def most_new_rows(self, registration: int, label: str) -> int | None:
+        """Returns how many new rows of a statement are embedded at most.
 
-        The write of their vectors is an UPDATE itself and calls this again: then there is nothing to do.
+        None for the write of their vectors, which is an UPDATE too and calls this again: there is nothing to do.
         """
-        plan = self.database.row("select * from autoembed.immediate($1, $2)", ["oid", "name"], [relation, target])
-        if plan is None or plan["registration"] in self.at_work:
+        if registration in self.at_work:
+            return None
+        try:
+            return settings.read().immediate_rows
+        except AutoembedError as error:
+            self.plpy.warning(f"{label}: new rows stay pending: {error}", hint=error.hint)
+            return None
+
+    def embed_new(self, relation: int, target: str, keys: list[str], contents: list[str], hashes: list[bytes]) -> None:
+        """Embeds a statement's new rows in one pass. What a model or a missing right prevents stays pending."""
+        plan = self.database.immediate(relation, target)
+        if plan is None:
             return
         self.at_work.add(plan["registration"])
         try:
-            self.embed_statement(plan)
-        finally:
-            self.at_work.remove(plan["registration"])
-
-    def embed_statement(self, plan: Any) -> None:
-        try:
-            limit = settings.read().immediate_rows
             with self.plpy.subtransaction():
-                rows = self.plpy.execute(plan["query"], limit + 1)
-                if 0 < len(rows) <= limit:
-                    self.embed_new(plan, rows)
+                self.encode_and_write(plan, keys, contents, hashes)
         except AutoembedError as error:
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {error}", hint=error.hint)
         except self.database.error as error:
@@ -59,6 +60,8 @@ class Immediate:
             self.plpy.warning(f"{plan['label']}: new rows stay pending{self.reason(error)}")
         except Exception as error:  # noqa: BLE001 -- a cancel is a SPIError, and went its way above
             self.plpy.warning(f"{plan['label']}: new rows stay pending: {type(error).__name__} in the encoder")
+        finally:
+            self.at_work.remove(plan["registration"])
 
     def reason(self, error: Exception) -> str:
         """Says what refused the vectors. Never the error's own message: a trigger's may quote the row."""
@@ -66,24 +69,21 @@ class Immediate:
         refused = f": constraint {constraint} refused the vector" if constraint else ""
         return f"{refused} (SQLSTATE {self.database.sqlstate(error)})"
 
-    def embed_new(self, plan: Any, rows: Sequence[Any]) -> None:
+    def encode_and_write(
+        self, plan: Any, keys: Sequence[str], contents: Sequence[str], hashes: Sequence[bytes]
+    ) -> None:
         column = column_of(plan)
         encoder = encoder_of(column, self.models)
-        outcomes = batching.encode_all(
-            encoder,
-            [row["content"] for row in rows],
-            prompt=encoder.model.prompts["document"],
-            checkpoint=self.database.check_encoding,
-        )
-        self.models.count(column.model, len(rows))
-        good = [
-            (row, to_text(v.values)) for row, v in zip(rows, outcomes, strict=True) if isinstance(v, batching.Vector)
-        ]
+        prompt = encoder.model.prompts["document"]
+        checkpoint = self.database.check_encoding
+        outcomes = batching.encode_all(encoder, contents, prompt=prompt, checkpoint=checkpoint)
+        self.models.count(column.model, len(contents))
+        good = {row: each for row, each in enumerate(outcomes) if isinstance(each, batching.Vector)}
         self.database.complete(
             column,
             plan["generation"],
-            [row["key"] for row, _ in good],
-            [row["hash"] for row, _ in good],
-            [text for _, text in good],
+            [keys[row] for row in good],
+            [hashes[row] for row in good],
+            [to_text(vector.values) for vector in good.values()],
             ends_transaction=False,
         )

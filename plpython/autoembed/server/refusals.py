@@ -1,9 +1,12 @@
-"""What a user is told when a call is refused: words that quote no row, an SQLSTATE, a hint."""
+"""What a user is told when a call is refused: words that quote no row, an SQLSTATE, a hint.
+
+PL/Python hangs a traceback on whatever it raises. So a refusal is returned as data, and the function around the one in
+Python raises it (sql/30_python.sql). What nobody foresaw is raised here, with its traceback.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -13,18 +16,36 @@ from autoembed.filling.sqlstates import OUT_OF_MEMORY, REFUSED
 if TYPE_CHECKING:
     from autoembed.server.database import SessionDatabase
 
-WORDED = re.compile(
-    "(canceling statement due to |terminating connection|could not serialize access|deadlock detected"
-    "|could not obtain lock|out of memory|out of shared memory|could not (extend|write|open|read|fsync) file"
-    "|cannot execute |invalid transaction termination|permission denied (for|to fill) |a superuser does not fill "
-    "|relation .* (has no column declared for embedding|has lost its primary key: its rows cannot be told apart)$)"
-)
-"""Beginnings of what the server itself and our own SQL say. Not the SQLSTATE: a table's trigger chooses its own."""
-HIDDEN = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
+WORDS = {
+    "25006": "the transaction is read-only",
+    "40001": "another transaction was in the way, and access could not be serialized",
+    "40P01": "another transaction was in the way, and a deadlock was detected",
+    "42501": "permission was denied by the table, or by one of its policies or triggers",
+    "53100": "the disk is full",
+    "53200": "out of memory",
+    "55P03": "another transaction was in the way, and a lock could not be obtained in time",
+    "57014": "the call was canceled, by request or by a timeout",
+    "58030": "a file could not be read or written",
+}
+"""Where a table's own code may have spoken. A trigger can choose any SQLSTATE, so these are never its words."""
+WITHHELD = "Its message is withheld, since it may quote a row: run the UPDATE of one row by hand to see it."
 MEMORY_HINT = "What was committed stays. Free memory, use a smaller model, or lower EMBEDDING_MAX_SEQ_LENGTH."
 
 P = ParamSpec("P")
-R = TypeVar("R")
+
+
+class Answer(dict[str, Any]):
+    """A function's OUT arguments by name; what is not named is null."""
+
+    def __missing__(self, name: str) -> None:
+        return None
+
+
+class Refused(Answer):
+    """The answer of a refused call: also a row, for a function that returns a set of them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self
 
 
 class Refusal(Exception):
@@ -33,6 +54,10 @@ class Refusal(Exception):
     def __init__(self, message: str, sqlstate: str, hint: str | None = None, detail: str | None = None) -> None:
         super().__init__(message)
         self.sqlstate, self.hint, self.detail = sqlstate, hint, detail
+
+    def answer(self) -> Refused:
+        refusal = Answer(message=str(self), detail=self.detail, hint=self.hint, sqlstate=self.sqlstate)
+        return Refused(refusal=refusal)
 
 
 class Entered(Protocol):
@@ -43,43 +68,70 @@ class Entered(Protocol):
 
 
 S = TypeVar("S", bound=Entered)
+R = TypeVar("R")
+Method = Callable[Concatenate[S, P], R]
 
 
-def interface(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
-    """Lets what a method raises reach the user as an error of PostgreSQL: with an SQLSTATE, a hint, and no row text."""
+def interface(method: Method[S, P, R]) -> Method[S, P, R | Refused]:
+    """Returns what a method raises on purpose as data."""
 
     @wraps(method)
-    def call(self: S, /, *arguments: P.args, **options: P.kwargs) -> R:
+    def call(self: S, /, *arguments: P.args, **options: P.kwargs) -> R | Refused:
         try:
             return method(self, *arguments, **options)
+        except Refusal as refusal:
+            return refusal.answer()
         except AutoembedError as error:
-            refusal = Refusal(str(error), error.sqlstate, error.hint)
-        except self.plpy.SPIError as error:
-            refusal = worded(self.database, error)
-        except Refusal as error:
-            refusal = error
+            return worded(error).answer()
+        except self.database.error as error:
+            return said(self.database, error).answer()
         except MemoryError:
-            refusal = Refusal("out of memory", OUT_OF_MEMORY, MEMORY_HINT)
-        raise raised(self.plpy, refusal) from None
+            return Refusal("out of memory", OUT_OF_MEMORY, MEMORY_HINT).answer()
 
     return call
 
 
-def worded(database: SessionDatabase, error: Any) -> Refusal:
-    """Returns the server's own words where they are known to quote no row: a trigger's, or a type's, may quote one."""
-    detail, hint = error.spidata[1:3]
-    state = database.sqlstate(error)
-    if WORDED.match(str(error)):
-        return Refusal(str(error), state, hint, detail if state == REFUSED else None)
-    return Refusal(f"the call was ended by SQLSTATE {state}", state, HIDDEN)
+def granted(method: Method[S, P, R]) -> Method[S, P, R | Refused]:
+    """As `interface`, for what is not for everybody: the caller needs the right to call the function around it."""
+
+    @interface
+    @wraps(method)
+    def call(self: S, /, *arguments: P.args, **options: P.kwargs) -> R:
+        if not self.database.may_call(method.__name__):
+            raise Refusal(f"permission denied for function {method.__name__}", REFUSED)
+        return method(self, *arguments, **options)
+
+    return call
 
 
-def raised(plpy: Any, refusal: Refusal) -> Exception:
-    """Returns the exception that PL/Python turns into an error of PostgreSQL.
+def worded(error: AutoembedError) -> Refusal:
+    return Refusal(str(error), error.sqlstate, error.hint)
 
-    PL/Python prints an exception as "module.Class: message"; of a class that looks built in, without the module.
+
+def said(database: SessionDatabase, error: Exception) -> Refusal:
+    """Returns the server's own words, in its own language, where none of a table's own code was running.
+
+    There a trigger, a policy or a type ("invalid input syntax …") may have spoken, and quote a row.
     """
-    kind: Any = type("autoembed", (plpy.Error,), {"__module__": "builtins"})
-    error: Exception = kind(str(refusal))
-    error.sqlstate, error.hint, error.detail = refusal.sqlstate, refusal.hint, refusal.detail  # type: ignore[attr-defined]
-    return error
+    state = database.sqlstate(error)
+    if database.is_servers_own(error):
+        detail, hint = error.spidata[1:3]  # type: ignore[attr-defined]
+        return Refusal(str(error), state, hint, detail)
+    if state in WORDS:
+        return Refusal(WORDS[state], state)
+    return Refusal(f"the call was ended by SQLSTATE {state}", state, WITHHELD)
+
+
+class Misfit:
+    """Stands for the session where the extension's SQL and this package do not fit: refuses whatever it is called."""
+
+    def __init__(self, plpy: Any, error: AutoembedError) -> None:
+        self.plpy = plpy
+        self.error = error
+
+    def most_new_rows(self, *_: object) -> None:
+        """Lets the statement of a writer succeed, as a model in trouble does."""
+        self.plpy.warning(f"new rows stay pending: {self.error}", hint=self.error.hint)
+
+    def __getattr__(self, name: str) -> Callable[..., Refused]:
+        return lambda *_: worded(self.error).answer()

@@ -17,20 +17,20 @@ from autoembed.server.calls import FillCall
 from autoembed.server.database import SessionDatabase
 from autoembed.server.immediate import Immediate
 from autoembed.server.loaded_models import LoadedModels
-from autoembed.server.refusals import Refusal, interface
+from autoembed.server.refusals import Answer, Misfit, Refusal, granted, interface
 from autoembed.server.status_file import StatusFile
 
 
 def start(plpy: Any, gd: dict[str, Any], api_version: int) -> None:
-    """Puts the session into GD; refuses where the extension's SQL and this package do not fit."""
+    """Puts the session into GD; or what refuses, where the extension's SQL and this package do not fit."""
+    session: Session | Misfit = Session(plpy, gd)
     if api_version != API_VERSION:
-        error = ApiMismatch(sql=api_version, package=API_VERSION)
-        plpy.error(str(error), sqlstate=error.sqlstate, hint=error.hint)
-    gd[f"autoembed {api_version}"] = Session(plpy, gd)
+        session = Misfit(plpy, ApiMismatch(sql=api_version, package=API_VERSION))
+    gd[f"autoembed {api_version}"] = session
 
 
 class Session:
-    """The functions of the interface, as the PL/Python bodies call them."""
+    """The functions in Python of sql/, each under its name there."""
 
     def __init__(self, plpy: Any, gd: dict[str, Any]) -> None:
         self.plpy = plpy
@@ -41,84 +41,90 @@ class Session:
 
     # --- embedding ---------------------------------------------------------------------------------------------
 
-    @interface
-    def embed_one(self, content: str | None, model: str | None, prompt: str | None) -> str | None:
-        return self.vectors([content], model, prompt)[0]
+    @granted
+    def encode_text(self, content: str | None, model: str | None, prompt: str | None) -> Answer:
+        return Answer(vector=self.vectors([content], model, prompt)[0])
 
-    @interface
-    def embed_many(
-        self, contents: list[str | None] | None, model: str | None, prompt: str | None
-    ) -> list[str | None] | None:
+    @granted
+    def encode_texts(self, contents: list[str | None] | None, model: str | None, prompt: str | None) -> Answer:
         if contents is None:
-            return None
+            return Answer()
         if any(isinstance(text, list) for text in contents):
             raise Refusal("the array of texts has more than one dimension", "2202E", "Pass a one-dimensional array.")
-        return self.vectors(contents, model, prompt)
+        return Answer(vectors=self.vectors(contents, model, prompt))
 
     def vectors(self, contents: list[str | None], model: str | None, prompt: str | None) -> list[str | None]:
         if all(text is None for text in contents):
             return contents
         return embedding.embed(self.models, model, contents, prompt, self.database.check_encoding)
 
-    @interface
-    def embed_load(self, model: str | None) -> str:
-        return self.models.encoder(model).model.name
+    @granted
+    def load_model(self, model: str | None) -> Answer:
+        return Answer(name=self.models.encoder(model).model.name)
 
-    @interface
-    def embed_unload(self) -> int:
-        return self.models.clear()
+    @granted
+    def unload_models(self) -> Answer:
+        return Answer(count=self.models.clear())
 
     # --- filling -----------------------------------------------------------------------------------------------
 
-    @interface
-    def embed_pending(
-        self, batch: int | None, relation: str | None, max_rows: int | None, max_seconds: int | None
-    ) -> dict[str, int]:
+    @granted
+    def fill_pending(
+        self, batch: int | None, relation: int | None, max_rows: int | None, max_seconds: int | None
+    ) -> Answer:
         return self.fill_call(batch).fill_pending(relation, max_rows, max_seconds)
 
-    @interface
-    def embed_worker(self, batch: int | None, max_seconds: int | None, workers: int | None) -> dict[str, int]:
+    @granted
+    def fill_on(self, batch: int | None, max_seconds: int | None, workers: int | None) -> Answer:
         return self.fill_call(batch).stay(max_seconds, workers)
 
     def fill_call(self, batch: int | None) -> FillCall:
         return FillCall(self.plpy, self.database, self.models, batch)
 
-    @interface
-    def embed_wait(self, relation: str | None, timeout: str | None) -> None:
-        calls.wait(self.database, relation, timeout)
+    @granted
+    def wait_for(self, relation: int | None, label: str | None, timeout: str | None, seconds: float | None) -> Answer:
+        calls.wait(self.database, relation, label, timeout, seconds)
+        return Answer()
+
+    def most_new_rows(self, registration: int, label: str) -> int | None:
+        return self.immediate.most_new_rows(registration, label)
 
     @interface
-    def embed_rows(self, relation: int, target: str) -> None:
-        self.immediate.embed_rows(relation, target)
+    def embed_new(
+        self, relation: int, target: str, keys: list[str], contents: list[str], hashes: list[bytes]
+    ) -> Answer:
+        self.immediate.embed_new(relation, target, keys, contents, hashes)
+        return Answer(done=True)
 
     # --- what the views show -----------------------------------------------------------------------------------
 
     @interface
-    def model(self, name: str | None) -> dict[str, Any]:
+    def find_model(self, name: str | None) -> Answer:
         found = directory.find(settings.read(), name)
-        return {
-            "name": found.name,
-            "dimensions": found.dimensions,
-            "max_tokens": found.max_tokens,
-            "fingerprint": found.fingerprint,
-        }
+        return Answer(
+            name=found.name,
+            dimensions=found.dimensions,
+            max_tokens=found.max_tokens,
+            fingerprint=found.fingerprint,
+        )
 
     @interface
-    def list_models(self) -> list[dict[str, Any]]:
-        return [asdict(entry) for entry in directory.catalog(settings.read())]
+    def list_models(self) -> list[Answer]:
+        return [Answer(asdict(entry)) for entry in directory.catalog(settings.read())]
 
     @interface
-    def list_sessions(self) -> list[dict[str, Any]]:
+    def list_sessions(self) -> list[Answer]:
         """Returns what the sessions have loaded that the current user may look into."""
-        visible = {row["pid"] for row in self.database.execute("select autoembed.visible_pids() as pid")}
-        return status_file.sessions(visible)
+        return [Answer(entry) for entry in status_file.sessions(self.database.visible_pids())]
 
     @interface
-    def health(self) -> list[tuple[str, str, str, str | None]]:
+    def list_settings(self) -> list[Answer]:
+        rows = preloaded.annotate(self.gd, settings.report())
+        return [Answer(name=name, value=value, source=source) for name, value, source in rows]
+
+    @interface
+    def list_checks(self) -> list[Answer]:
         from autoembed.server import health  # here: nobody else needs it
 
         checks = health.check_all(self.gd)
-        return [(name, check.status, check.message, check.hint) for name, check in checks.items()]
-
-    def list_settings(self) -> list[tuple[str, str | None, str]]:
-        return preloaded.annotate(self.gd, settings.report())
+        return [Answer(asdict(check), check_name=name) for name, check in checks.items()]
