@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,17 @@ def wait_until(predicate: Callable[[], object], timeout: float = PATIENCE, pause
         time.sleep(pause)
 
 
+@cache
+def prepared(programs: Path) -> Path:
+    """A cluster of these programs, made once: to copy it is quicker than initdb and create extension each time."""
+    home = Path(tempfile.mkdtemp(prefix="autoembed-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    first = Server(home / "prepared", {}, {"fsync": "off"})
+    first.make_cluster()
+    shutil.rmtree(first.sockets, ignore_errors=True)
+    return first.directory / "data"
+
+
 class Executor(PostgreSQLExecutor):
     """One start of a server; its data outlive it."""
 
@@ -87,13 +100,19 @@ class Server:
         return executor
 
     def create(self) -> None:
-        """Makes the cluster, starts it and makes the database with the extension."""
+        """Starts a cluster with the database that has the extension."""
+        self.directory.mkdir(parents=True)
+        shutil.copytree(prepared(pg_config("--bindir")), self.directory / "data")
+        self.start()
+
+    def make_cluster(self) -> None:
         self.directory.mkdir(parents=True)
         self.start()
         with self.connect("postgres") as connection:
             connection.execute(f"create database {DATABASE}")
         with self.connect() as connection:
             connection.execute("create extension pg_autoembed cascade")
+        self.stop()
 
     def start(self) -> None:
         self._executor = self._make_executor()
