@@ -292,7 +292,7 @@ begin
     s.target_number := r.target;
     s.content := case when r.options ? 'template' then autoembed.template_content(r.options ->> 'template', s.sources)
         when cardinality(s.sources) = 1 then format('(t.%I)::pg_catalog.text', s.sources[1])
-        else format('pg_catalog.concat_ws(E''\n'', %s)', (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)
+        else format('pg_catalog.array_to_string(array[%s], E''\n'')', (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)
                                                from unnest(s.sources) with ordinality as u (name, n))) end;
     s.pending := autoembed.pending_condition('t.', autoembed.column_name(r.relation, r.target), s.sources);
     s.key_names := k.names;

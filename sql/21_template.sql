@@ -79,13 +79,15 @@ begin atomic
           from autoembed.template_lines(template) p group by p.line) l;
 end;
 
--- One line over t. Null where all its columns are.
+-- One line over t. Null where all its columns are. Arrays, since a function has a hundred arguments at most.
 create function autoembed.template_line(literals text[], columns name[]) returns text
 language sql immutable
 begin atomic
     select case when bool_or(p.name is not null)
-        then format('case when pg_catalog.num_nonnulls(%s) operator(pg_catalog.>) 0 then pg_catalog.concat(%s) end',
-                    string_agg(format('t.%I', p.name), ', ' order by p.n) filter (where p.name is not null),
+        then format('case when pg_catalog.num_nonnulls(variadic array[%s]) operator(pg_catalog.>) 0
+                     then pg_catalog.array_to_string(array[%s], '''') end',
+                    string_agg(format('(t.%I)::pg_catalog.text', p.name), ', ' order by p.n)
+                        filter (where p.name is not null),
                     string_agg(case when p.name is not null then format('(t.%I)::pg_catalog.text', p.name)
                                     else quote_literal(p.literal) end, ', ' order by p.n))
         else quote_literal(string_agg(p.literal, '')) end
@@ -97,7 +99,7 @@ end;
 create function autoembed.template_content(template text, sources name[]) returns text
 language sql immutable
 begin atomic
-    select format('case when %s then pg_catalog.concat_ws(E''\n'', %s) end',
+    select format('case when %s then pg_catalog.array_to_string(array[%s], E''\n'') end',
         (select string_agg(autoembed.has_text(format('(t.%I)::pg_catalog.text', u.name)), ' or ' order by u.n)
          from unnest(sources) with ordinality as u (name, n)),
         (select string_agg(l.text, ', ' order by l.line)

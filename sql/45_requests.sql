@@ -5,15 +5,27 @@
 -- with them. So a fill, a retry, a new model insert a request. The trigger below looks whether the request's role owns
 -- the registration's relation, changes the state, and keeps no request. To others' requests nothing happens.
 --
--- The role of a request is nobody's to choose: PUBLIC may name the other columns alone, so it is the default's,
--- current_user where the INSERT stands. A security definer function cannot know its caller, and one that is told could
--- be told anything.
+-- The role of a request is nobody's to choose: a trigger that runs as the caller writes it, whatever the INSERT says. A
+-- column's default would not do, for a view over this table has defaults of its own. A security definer function cannot
+-- know its caller, and one that is told could be told anything.
 create table autoembed.request (
-    role name not null default current_user,
+    role name not null,
     registration bigint not null,
     action text not null,
     arguments jsonb not null
 );
+
+-- Fires first, by its name.
+create function autoembed.name_role() returns trigger
+language plpgsql set search_path = pg_catalog, pg_temp as $$
+begin
+    new.role := current_user;
+    return new;
+end
+$$;
+
+create trigger name_role before insert on autoembed.request for each row execute function autoembed.name_role();
+alter table autoembed.request enable always trigger name_role;
 
 create function autoembed.request(registration bigint, action text, arguments jsonb default '{}') returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$

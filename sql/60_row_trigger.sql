@@ -13,17 +13,21 @@ language plpgsql set search_path = pg_catalog, pg_temp as $$
 declare
     is_free boolean := tg_argv[5]::jsonb ->> 'writes' = 'anyone'
         or current_setting('session_replication_role') = 'replica';
+    fills boolean := coalesce(current_setting('autoembed.fill', true), '') = 'on';
     text_changed boolean;
     brings_vector boolean;
+    former text;
 begin
     -- The statement fails where a column is missing, which is better than a stale vector.
     execute format(
-        'select %s, ($2).%2$I is not null and not record_image_eq(row(($1).%2$I), row(($2).%2$I))',
+        'select %s, ($2).%2$I is not null and not record_image_eq(row(($1).%2$I), row(($2).%2$I)), (($1).%2$I)::text',
         (select string_agg(format(
             '(($1).%1$I)::text collate "C" is distinct from (($2).%1$I)::text collate "C"', s.name), ' or ')
          from unnest(tg_argv[6:]) as s (name)), tg_argv[0])
-    into text_changed, brings_vector using old, new;
-    if brings_vector and is_free is not true then
+    into text_changed, brings_vector, former using old, new;
+    if brings_vector and fills then
+        null;  -- a trigger of the user's changes the text in the fill's own write
+    elsif brings_vector and is_free is not true then
         perform autoembed.say_not_taken(tg_relid, tg_argv[0]);
     elsif brings_vector then
         return new;
@@ -31,7 +35,7 @@ begin
     if text_changed then
         return jsonb_populate_record(new, jsonb_build_object(tg_argv[0], null));
     elsif brings_vector then
-        return jsonb_populate_record(new, jsonb_build_object(tg_argv[0], to_jsonb(old) -> tg_argv[0]));
+        return jsonb_populate_record(new, jsonb_build_object(tg_argv[0], former));
     end if;
     return new;
 end
@@ -104,7 +108,7 @@ begin atomic
            or (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text
            or not exists (select from pg_catalog.pg_attribute a  -- the column was renamed since pg_upgrade
                           where a.attrelid = t.tgrelid and a.attname::text = (autoembed.arguments_of(t.oid))[1]))
-    order by t.oid = (r).row_trigger desc nulls last,
+    order by t.oid = (r).row_trigger desc nulls last, t.tgparentid <> 0,
              (autoembed.arguments_of(t.oid))[1] = autoembed.column_name((r).relation, (r).target)::text desc
     limit 1;
 end;
@@ -138,22 +142,23 @@ end
 $$;
 
 -- When the row trigger has something to do: the text differs; or a vector is brought, and neither by the fill, which
--- says so by a setting that holds for its one statement, nor by replication.
+-- says so by a setting that holds for its one statement, nor by replication. Where no trigger of the user's can change
+-- the text in the fill's write, that write compares no texts.
 create function autoembed.row_trigger_condition(r autoembed.registration) returns text
 language sql stable
 begin atomic
-    select concat_ws(
-        ' or ',
-        (select string_agg(
-            format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u.name), ' or ')
-         from unnest(autoembed.column_names((r).relation, (r).sources)) as u (name)),
-        case when (r).options ->> 'writes' is null then format(
-            'new.%1$I is not null
-             and coalesce(pg_catalog.current_setting(''autoembed.fill'', true), '''') <> ''on''
-             and pg_catalog.current_setting(''session_replication_role'') <> ''replica''
-             and (old.%1$I is null or not old.%1$I operator(%2$s.=) new.%1$I)',
-            a.attname, t.typnamespace::pg_catalog.regnamespace) end)
-    from pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
+    select case when (r).options ->> 'writes' is not null then w.text_differs
+        else format(
+            case when autoembed.needs_every_update((r).relation) then '%1$s or %2$s and %3$s'
+                 else '%2$s and (%1$s or %3$s)' end,
+            w.text_differs, 'coalesce(pg_catalog.current_setting(''autoembed.fill'', true), '''') <> ''on''',
+            format('new.%1$I is not null and pg_catalog.current_setting(''session_replication_role'') <> ''replica''
+                    and (old.%1$I is null or not old.%1$I operator(%2$s.=) new.%1$I)',
+                   a.attname, t.typnamespace::pg_catalog.regnamespace)) end
+    from (select string_agg(
+              format('(old.%1$I)::text collate "C" is distinct from (new.%1$I)::text collate "C"', u.name), ' or ')
+          from unnest(autoembed.column_names((r).relation, (r).sources)) as u (name)) as w (text_differs)
+    cross join pg_catalog.pg_attribute a join pg_catalog.pg_type t on t.oid = a.atttypid
     where a.attrelid = (r).relation and a.attnum = (r).target;
 end;
 

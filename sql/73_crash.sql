@@ -18,6 +18,8 @@ declare
     f autoembed.inflight;
     crashed boolean;
 begin
+    -- Before its flights: DROP TABLE takes the registration first, then its flights, and each would wait for the other.
+    perform from autoembed.registration r where r.id = make_suspects.registration for key share;
     perform autoembed.suspect_again(registration);
     for f in select * from autoembed.inflight i where i.registration = make_suspects.registration
              and (not autoembed.has_twin(i) or pg_try_advisory_xact_lock(autoembed.flight_lock(i.registration, i.id)))

@@ -100,6 +100,13 @@ begin
             message = pg_catalog.format('within is %s', coalesce(within::pg_catalog.text, 'null')),
             hint = 'within is a cosine distance, from 0 to 2.';
     end if;
+    execute pg_catalog.format('select %L::%s', '[1]', s.type);  -- pgvector's settings are there once it is loaded
+    if not exists (select from autoembed.vector_indexes(s.relation, s.target_number))
+        and autoembed.known_rows(s.relation) operator(pg_catalog.>) 10000 then
+        raise notice using
+            message = pg_catalog.format('%s has no index: each of its vectors is compared with all others', s.label),
+            hint = pg_catalog.format('Make one first: select embed_index(%L, %L)', s.name, s.target);
+    end if;
     former := autoembed.widen_search(s, 20);
     return query execute autoembed.duplicates_statement(s) using within;
     perform autoembed.narrow_search(former);

@@ -53,6 +53,14 @@ def test_text_of_a_row(
         assert scalar(code, query, [text])
 
 
+def test_template_of_many_lines_and_pieces(code: Connection) -> None:
+    lines = ["{name} {doc} {body}", *(f"line {n} {{name}}" for n in range(150)), "{doc}-" * 120]
+    code.execute(DECLARE, ["\n".join(lines)])
+    code.execute("insert into code values (1, 'f', 'd', 'b')")
+    expected = ["f d b", *(f"line {n} f" for n in range(150)), "d-" * 120]
+    assert contents(code) == ["\n".join(expected)]
+
+
 @pytest.mark.parametrize(
     ("template", "sqlstate", "words"),
     [

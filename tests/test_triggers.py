@@ -131,6 +131,29 @@ def test_a_save_of_the_whole_row_brings_no_old_vector_back(docs: Connection) -> 
     assert is_near(distance(docs)[0])
 
 
+def test_a_vector_that_is_not_taken_needs_no_json_of_the_row(warm: Connection) -> None:
+    warm.execute("create table docs (id int primary key, content text, embedding vector(32), meta json)")
+    warm.execute(DECLARE, ["deferred"])
+    row = f"insert into docs values (1, 'one', {VECTOR}, %s)"
+    warm.execute(row, [1, r'{"k": "\u0000", "n": 1e200000}'])
+    warm.execute(f"update docs set embedding = {VECTOR}", [2])
+    assert vectors(warm) == [1]
+
+
+def test_the_fill_is_told_nothing_about_its_own_vectors(warm: Connection) -> None:
+    warm.execute(DOCS)
+    warm.execute(
+        "create function shout() returns trigger language plpgsql as $$ begin new.content := upper(new.content);"
+        " return new; end $$; create trigger shout before update on docs for each row execute function shout()"
+    )
+    warm.execute(DECLARE, ["deferred"])
+    warm.execute("insert into docs values (1, 'one')")
+    with notices(warm) as heard:
+        warm.execute("call embed_pending()")
+    assert [n.message for n in heard if "come from the fill" in str(n.message)] == []
+    assert is_near(distance(warm)[0])
+
+
 def test_replication_brings_vectors(docs: Connection) -> None:
     docs.execute("set session_replication_role = replica")
     docs.execute(f"update docs set embedding = {VECTOR} where id = 2", [3])
