@@ -69,11 +69,24 @@ def test_empty_queue_is_cheap(db: Connection, declared: Knowledge, rig: Rig) -> 
 
 
 @pytest.mark.parametrize("batch", [1, 32, 512])
-def test_batch_is_the_unit_of_commit(db: Connection, declared: Knowledge, batch: int) -> None:
+def test_batch_is_the_unit_of_record(db: Connection, declared: Knowledge, batch: int) -> None:
     declared(70)
     assert fill(db, batch=batch) == (70, 0, 0)
     assert scalar(db, "select max(embedded) from autoembed.run") == min(batch, 70)
     assert scalar(db, "select count(*) from autoembed.run") == -(-70 // batch)
+
+
+def test_slow_write_holds_the_locks_of_few_rows_at_a_time(db: Connection, declared: Knowledge) -> None:
+    """Each of a client's UPDATEs would otherwise wait for the whole batch's."""
+    declared(60)
+    db.execute("create function slow() returns trigger language plpgsql"
+               " as 'begin perform pg_sleep(0.01); return new; end'")  # fmt: skip
+    db.execute("create trigger slow before update on knowledge for each row execute function slow()")
+    assert fill(db, batch=60) == (60, 0, 0)
+    written = [count for (count,) in rows(db, "select count(*) from knowledge group by xmin order by min(id)")]
+    assert written[0] == 32
+    assert max(written[1:]) * 0.01 <= 0.05
+    assert rows(db, "select embedded from autoembed.run") == [(60,)]
 
 
 def test_batch_of_null_is_the_setting(db: Connection, declared: Knowledge) -> None:

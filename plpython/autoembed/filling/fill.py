@@ -20,7 +20,7 @@ from autoembed.filling.database import FillDatabase
 from autoembed.filling.records import BatchResult, Candidates, Column, Limits, Totals
 from autoembed.filling.sqlstates import TOO_LARGE
 from autoembed.filling.transactions import Transactions
-from autoembed.filling.write import Writer
+from autoembed.filling.write import Experience, Writer
 
 PASSES = 3
 """At most: rows that were changed or locked meanwhile get another chance, a busy table does not hold the call."""
@@ -48,8 +48,7 @@ class Filler:
     """The key of the last row, as the first pass that came to the end saw it."""
     loaded: Encoder | None = None
     """The encoder, once a row has needed it."""
-    changed: dict[str, bytes] = field(default_factory=dict)
-    """The rows whose texts triggers of the table have changed, with the hash that was tried first."""
+    experience: Experience = field(default_factory=Experience)
     transactions: Transactions = field(init=False)
 
     def __post_init__(self) -> None:
@@ -144,7 +143,7 @@ class Filler:
         result.encode_seconds = time.monotonic() - started
         limit = encoder.model.max_tokens
         writer = Writer(
-            self.database, self.transactions, self.column, found.inflight, claim, limit, result, self.changed
+            self.database, self.transactions, self.column, found.inflight, claim, limit, result, self.experience
         )
         writer.write(outcomes)
         self.release(found)

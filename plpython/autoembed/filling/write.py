@@ -18,6 +18,33 @@ if TYPE_CHECKING:
     from autoembed.filling.transactions import Transactions
 
 
+LOCKED_SECONDS = 0.04
+"""As long as one transaction may hold the locks of the rows that it writes."""
+
+
+@dataclass
+class Experience:
+    """What a fill has learned about its table from the writes so far."""
+
+    changed: dict[str, bytes] = field(default_factory=dict)
+    """The rows whose texts triggers of the table have changed, with the hash that was tried first."""
+    rows: int = 32
+    """So many the next transaction writes. With an HNSW index, or triggers, a row may take a millisecond or more."""
+    seconds_a_row: float | None = None
+
+    def learn(self, rows: int, seconds: float) -> None:
+        """Adapts to a transaction that wrote so many rows in so long a time.
+
+        A small one tells nothing where it was quick: what each transaction costs, whatever it writes, would count.
+        The mean with what was known keeps one slow flush of the log from making many small transactions.
+        """
+        if rows < self.rows and seconds <= LOCKED_SECONDS:
+            return
+        latest = max(seconds, 1e-6) / rows
+        self.seconds_a_row = latest if self.seconds_a_row is None else (self.seconds_a_row + latest) / 2
+        self.rows = max(1, min(int(LOCKED_SECONDS / self.seconds_a_row), 2 * self.rows))
+
+
 @dataclass
 class Writer:
     """One claim's write; `vectors` has pgvector's text form by the row's position in the claim."""
@@ -29,8 +56,7 @@ class Writer:
     claim: Claim
     token_limit: int
     result: BatchResult
-    changed: dict[str, bytes]
-    """The rows whose texts triggers of the table have changed in this fill, with the hash that was tried first."""
+    experience: Experience
     vectors: dict[int, str] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
 
@@ -43,7 +69,19 @@ class Writer:
                     self.result.truncated.append((self.claim.keys[row], outcome.tokens))
             else:
                 self.fail(row, outcome.kind, outcome.message)
-        self.write_rows(list(self.vectors), is_last=True)
+        self.write_by_time(list(self.vectors))
+
+    def write_by_time(self, rows: list[int]) -> None:
+        """Writes them in as many transactions as keep each row's lock short: whoever updates a row waits for that."""
+        is_last = False
+        while not is_last:
+            size = self.experience.rows
+            is_last = len(rows) <= size
+            began = time.monotonic()
+            self.write_rows(rows[:size], is_last=is_last)
+            if rows:
+                self.experience.learn(len(rows[:size]), time.monotonic() - began)
+            rows = rows[size:]
 
     def fail(self, row: int, kind: str, message: str) -> None:
         key, tried = self.claim.keys[row], self.claim.hashes[row]
@@ -91,7 +129,7 @@ class Writer:
             forget()
             raise
         for key, tried in changed.items():
-            self.changed.setdefault(key, tried)
+            self.experience.changed.setdefault(key, tried)
 
     def complete(self, rows: list[int]) -> dict[str, bytes]:
         """Returns the rows whose texts a trigger of the table has changed, with the hash that was tried."""
@@ -115,11 +153,11 @@ class Writer:
         """
         if left_hash == tried:
             message = "a trigger of the table keeps the vector from being written"
-        elif left_hash is not None and key in self.changed:
+        elif left_hash is not None and key in self.experience.changed:
             message = "a trigger of the table changes the text with each write"
         else:
             return
-        self.result.failed.append(Failed(key, self.changed.get(key, tried), left_hash, "write", message))
+        self.result.failed.append(Failed(key, self.experience.changed.get(key, tried), left_hash, "write", message))
 
     def settle(self) -> None:
         self.result.write_seconds = time.monotonic() - self.started

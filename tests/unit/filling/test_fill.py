@@ -11,6 +11,7 @@ from autoembed.encoding import batching
 from autoembed.filling.database import FillDatabase
 from autoembed.filling.fill import Filler
 from autoembed.filling.records import Candidates, Claim, Column, Limits, Totals, Written
+from autoembed.filling.write import Experience
 from unit.fakes import FakeEncoder
 
 COLUMN = Column(1, "public.docs.embedding", "stub", "f", 4, "")
@@ -141,6 +142,19 @@ def test_texts_too_large_together_are_claimed_in_smaller_batches() -> None:
     assert one.fill_once() == 0
     assert database.claimed == [2, 2, 1]
     assert (one.totals.embedded, database.held) == (5, set())
+
+
+def test_transactions_are_as_large_as_their_rows_locks_are_short() -> None:
+    experience = Experience()
+    experience.learn(32, 0.320)
+    assert experience.rows == 4
+    for _ in range(20):
+        experience.learn(experience.rows, experience.rows * 0.001)
+    assert experience.rows in (39, 40)
+    experience.learn(3, 0.030)
+    assert experience.rows in (39, 40)
+    experience.learn(8, 9.0)
+    assert experience.rows == 1
 
 
 def test_text_too_large_alone_ends_the_fill() -> None:
