@@ -7,6 +7,22 @@ from autoembed.models() m;
 create view embedding_settings with (security_invoker = true) as
 select s.name, s.value, s.source from autoembed.settings() s;
 
+-- The pending index and the indexes of pgvector, those of partitions among them: what tools that compare a schema with
+-- their own idea of it should leave alone.
+create function autoembed.indexes_of(relation oid, target smallint) returns regclass[]
+language sql stable
+begin atomic
+    select array_agg(x.index::regclass order by x.place, x.index) from (
+        select 1, m from autoembed.pending_indexes(relation, target) p, autoembed.family(p) m
+        union all
+        select 2, i.indexrelid
+        from autoembed.family(relation) m
+        join pg_catalog.pg_index i on i.indrelid = m
+        join pg_catalog.pg_class c on c.oid = i.indexrelid
+        join pg_catalog.pg_am a on a.oid = c.relam and a.amname in ('hnsw', 'ivfflat')
+        where autoembed.column_name(m, i.indkey[0]) = autoembed.column_name(relation, target)) x (place, index);
+end;
+
 create view embedding_columns with (security_invoker = true) as
 select r.relation::regclass as relation, autoembed.column_names(r.relation, r.sources) as source,
        autoembed.column_name(r.relation, r.target) as target, r.model, r.mode, r.enabled,
@@ -17,7 +33,8 @@ select r.relation::regclass as relation, autoembed.column_names(r.relation, r.so
             when m.status <> 'ready' then 'model ' || m.status
             when m.fingerprint <> r.fingerprint then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
             when m.dimensions <> a.atttypmod then format('the column has %s dimensions, the model %s', a.atttypmod, m.dimensions)
-            else 'ready' end as status
+            else 'ready' end as status,
+       autoembed.indexes_of(r.relation, r.target) as indexes
 from autoembed.registration r
 join pg_catalog.pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
 cross join lateral (select case when r.enabled then autoembed.hindrance(r) end as hindrance) h

@@ -301,7 +301,7 @@ def test_column_paused_meanwhile(db: Connection, connect: Connect, declared: Kno
     "ending",
     [
         "drop table knowledge",
-        "alter table knowledge drop column embedding",
+        "alter table knowledge drop column embedding cascade",
         "alter table knowledge drop column content cascade",
         "select embed_column_drop('knowledge')",
     ],

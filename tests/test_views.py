@@ -329,3 +329,19 @@ def test_views_are_for_everybody_but_rows_are_not(
     stranger = connect(role("viola"))
     found = {view: len(rows(stranger, f"select * from embedding_{view}")) for view in VIEWS}
     assert {view for view, count in found.items() if count} == {"columns", "models", "settings"}
+
+
+def test_columns_name_their_indexes(db: Connection, declared: Knowledge) -> None:
+    """Those of partitions as well: a tool that compares schemas sees each of them."""
+    declared(1)
+    db.execute("create table parted (id int primary key, content text, embedding vector(384)) partition by range (id)")
+    db.execute("create table part partition of parted for values from (0) to (9)")
+    db.execute("select embed_column('parted', 'content'::name)")
+    for relation in ("knowledge", "parted"):
+        db.execute("select embed_index(%s::regclass)", [relation])
+    db.execute("create index on part (content)")
+    found: dict[str, list[str]] = dict(rows(db, "select relation::text, indexes::text[] from embedding_columns"))
+    assert found == {
+        "knowledge": ["knowledge_embedding_pending", "knowledge_embedding_hnsw"],
+        "parted": ["parted_embedding_pending", "part_least_idx", "parted_embedding_hnsw", "part_embedding_idx"],
+    }
