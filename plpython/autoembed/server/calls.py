@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 MAX_BATCH = 512
 MAX_WORKERS = 64
+AUTOCOMMIT_HINT = (
+    "Call it outside BEGIN, alone in its query string, with autocommit. psycopg: autocommit=True. "
+    'SQLAlchemy: isolation_level="AUTOCOMMIT". Django: outside atomic(). asyncpg: outside transaction(). '
+    "node-postgres: no BEGIN before. JDBC: setAutoCommit(true), and CALL without the braces of {call ...}. "
+    "psql: AUTOCOMMIT on, without --single-transaction."
+)
+"""The setting of each common driver: whoever reads this uses one of them."""
 
 
 def batch_of(batch: int | None) -> int:
@@ -55,14 +62,29 @@ def committing(database: SessionDatabase, procedure: str, when: str = "after eac
     if database.trusted_value("select pg_catalog.pg_is_in_recovery()"):
         raise Refusal(f"{procedure} cannot fill a standby", "25006", "Run it on the primary.")
     isolation = str(database.trusted_value("select pg_catalog.current_setting('default_transaction_isolation')"))
-    if isolation != "read committed":
-        set_isolation(database, "read committed")
-    commit_bare(database, procedure, when)
-    try:
+    if isolation == "read committed":
+        commit_bare(database, procedure, when)
         yield
-    finally:
-        if isolation != "read committed":
-            Transactions(database).undo(partial(set_isolation, database, isolation))
+        return
+    try:
+        set_isolation(database, "read committed")
+        commit_bare(database, procedure, when)
+        yield
+    except CannotCommit:
+        raise  # the setting goes with the caller's transaction, which nobody but the caller ends
+    except BaseException:
+        restore_isolation(database, isolation)
+        raise
+    restore_isolation(database, isolation)
+
+
+class CannotCommit(Refusal):
+    """The call stands in a transaction of its caller's."""
+
+
+def restore_isolation(database: SessionDatabase, level: str) -> None:
+    """Restores it whatever ended the call: a pooled session would otherwise hand the other level to its next client."""
+    Transactions(database).undo(partial(set_isolation, database, level))
 
 
 def commit_bare(database: SessionDatabase, procedure: str, when: str) -> None:
@@ -71,10 +93,8 @@ def commit_bare(database: SessionDatabase, procedure: str, when: str) -> None:
     except database.error as error:
         if database.sqlstate(error) != "2D000":
             raise
-        raise Refusal(
-            f"{procedure} commits {when} and cannot run inside a transaction block",
-            "2D000",
-            "Call it outside BEGIN, alone in its query string; psycopg needs autocommit=True.",
+        raise CannotCommit(
+            f"{procedure} commits {when} and cannot run inside a transaction block", "2D000", AUTOCOMMIT_HINT
         ) from None
 
 
