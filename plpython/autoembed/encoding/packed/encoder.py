@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoembed.encoding.interrupts import Sparse, nothing
-from autoembed.encoding.packed import pooling, unread
+from autoembed.encoding.packed import aliases, pooling, unread
 from autoembed.encoding.packed.int8 import QuantizedNetwork, quantize
 from autoembed.encoding.packed.network import Network, Packed, Shape, UnsupportedNetwork
 from autoembed.encoding.packed.tokenizer import TextTokenizer
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 # Each pass reads all weights once: fewer tokens would read them more often, and more gain nothing but take memory.
 TOKEN_BUDGETS = {"float32": 1024, "bfloat16": 1024, "int8": 2048}
 MAX_TEXTS = 512
-# Published weights are often those of a model with a head, below its name.
-PREFIX = re.compile(r"^(bert|roberta|mpnet)\.")
 LOAD_ERRORS = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, UnsupportedNetwork)
 
 
@@ -153,5 +150,5 @@ def mapped(folder: Path, converted: str | None = None) -> Mapping[str, Tensor]:
     for name in [converted] if converted else layouts.choose_weights(file.name for file in folder.iterdir()):
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="pt") as file:
-                tensors.update({PREFIX.sub("", key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+                tensors.update({aliases.weight(key): file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
     return tensors

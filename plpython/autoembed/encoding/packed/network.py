@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from autoembed.encoding.packed import kernels
+from autoembed.encoding.packed import aliases, kernels
 from autoembed.encoding.packed.kernels import pointers
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -78,8 +78,9 @@ class LayerNames:
         return [self.joined, [self.output], [self.up], [self.down]]
 
 
-NAMES = {"bert": BERT_NAMES, "roberta": BERT_NAMES, "xlm-roberta": BERT_NAMES, "mpnet": MPNET_NAMES}
-OFFSET = ("roberta", "xlm-roberta", "mpnet")  # position ids begin after the padding token's id
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra")
+NAMES = {**dict.fromkeys(BERTS, BERT_NAMES), "mpnet": MPNET_NAMES}
+OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet")  # position ids begin after the padding token's id
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,9 @@ class Shape:
         architecture = str(config["model_type"])
         if architecture not in NAMES:
             raise UnsupportedNetwork(f"the architecture {architecture} is not among {', '.join(NAMES)}")
+        config = aliases.config(config)
+        if architecture == "electra" and config["embedding_size"] != config["hidden_size"]:
+            raise UnsupportedNetwork("its embeddings are of another width than its layers")
         activation = config.get("hidden_act", "gelu")
         if activation not in ACTIVATIONS:
             raise UnsupportedNetwork(f"the activation {activation} is not among {', '.join(ACTIVATIONS)}")

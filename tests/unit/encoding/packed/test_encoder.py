@@ -23,7 +23,7 @@ from autoembed.adding.add import add_model
 from autoembed.encoding import interrupts
 from autoembed.encoding.batching import Vector, encode_all
 from autoembed.encoding.load import load_encoder
-from autoembed.encoding.packed.encoder import PackedEncoder, Pipeline
+from autoembed.encoding.packed.encoder import PackedEncoder, Pipeline, convert_weights
 from autoembed.encoding.packed.network import Shape, UnsupportedNetwork
 from autoembed.encoding.reference import StEncoder
 from autoembed.models import directory as model_directory
@@ -36,6 +36,9 @@ NAMES = ("tiny-bert", "tiny-mpnet", "tiny-codebert", "tiny-bge-m3", "all-MiniLM-
 SPELT_OUT = ["[SEP] x [PAD] y [CLS]", "</s> x <pad> y <pad><pad> <s>", "<pad>", "[PAD]", ""]
 
 Vectors = NDArray[np.float32]
+SIZES: dict[str, Any] = {
+    "vocab_size": 30522, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +231,34 @@ def distilbert(directory: Path) -> Path:
     from transformers import DistilBertConfig, DistilBertModel
 
     config = DistilBertConfig(
-        vocab_size=30522, dim=32, n_layers=1, n_heads=4, hidden_dim=64, max_position_embeddings=64
+        vocab_size=30522, dim=32, n_layers=2, n_heads=2, hidden_dim=64, max_position_embeddings=64
     )
     return lively.transformer(directory / "distilbert", DistilBertModel, config, "mean")
+
+
+def camembert(directory: Path) -> Path:
+    from transformers import CamembertConfig, CamembertModel
+
+    config = CamembertConfig(**SIZES, max_position_embeddings=66)
+    return lively.transformer(directory / "camembert", CamembertModel, config, "mean")
+
+
+def electra(directory: Path, width: int = 32) -> Path:
+    from transformers import ElectraConfig, ElectraModel
+
+    config = ElectraConfig(**SIZES, embedding_size=width, max_position_embeddings=64)
+    return lively.transformer(directory / "electra", ElectraModel, config, "cls")
+
+
+def narrow_electra(directory: Path) -> Path:
+    return electra(directory, 16)
+
+
+def albert(directory: Path) -> Path:
+    from transformers import AlbertConfig, AlbertModel
+
+    config = AlbertConfig(**SIZES, embedding_size=16, max_position_embeddings=64)
+    return lively.transformer(directory / "albert", AlbertModel, config, "mean")
 
 
 def two_poolings(directory: Path) -> Path:
@@ -246,7 +274,8 @@ def silu(directory: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (distilbert, "the architecture distilbert is not among"),
+        (albert, "the architecture albert is not among"),
+        (narrow_electra, "its embeddings are of another width"),
         (two_poolings, "its pooling max and mean is not among mean, cls, max"),
         (silu, "the activation silu is not among"),
     ],
@@ -288,6 +317,26 @@ def test_the_packed_encoder_says_that_it_serves(lively_shelf: Settings) -> None:
 def test_networks_that_would_come_out_wrong_are_refused(config: dict[str, Any]) -> None:
     with pytest.raises(UnsupportedNetwork):
         Shape.of(config)
+
+
+@pytest.mark.parametrize("make", [distilbert, camembert, electra])
+def test_near_relatives_of_bert(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    compare(make(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("make", [distilbert, camembert, electra])
+def test_near_relatives_of_bert_in_other_precisions(
+    tmp_path: Path, make: Callable[[Path], Path], precision: str
+) -> None:
+    folder = make(tmp_path)
+    layout, texts = layouts.inspect(folder, "m"), ["vacuum removes dead rows", "x", "Straße 🦊 " * 20]
+    tokenized = opened(folder, 64).tokenizer.tokenize(texts)
+    expected = reference(folder).encode(texts)
+    convert_weights(layout, precision, tokenized)
+    found = Pipeline(layout, 64, precision).encode(tokenized, nothing)
+    cosines = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosines.min() > 0.99
 
 
 def in_a_process(code: str, directory: Path, **environment: str) -> str:
