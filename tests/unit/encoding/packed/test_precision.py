@@ -111,17 +111,9 @@ def test_a_precision_that_the_processor_emulates_is_refused(
     assert not (model.path.parent / "other").exists()
 
 
-def test_what_the_packed_encoder_does_not_serve_has_float32_only(
-    add: Add, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    import shutil
-
-    folder = Path(shutil.copytree(folders["tiny-mpnet"], tmp_path / "weighted"))
-    made.write_json(
-        folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 32, "pooling_mode": "weightedmean"}
-    )
+def test_what_the_packed_encoder_does_not_serve_has_float32_only(add: Add, folders: dict[str, Path]) -> None:
     with pytest.raises(BrokenModel, match="int8 only in the packed encoder"):
-        add(folder, "int8")
+        add(folders["served-by-sentence-transformers"], "int8")
 
 
 def test_an_activation_without_a_kernel_is_refused(add: Add, folders: dict[str, Path], tmp_path: Path) -> None:
