@@ -8,6 +8,15 @@ begin atomic
     select pg_has_role(c.relowner, 'usage') from pg_catalog.pg_class c where c.oid = relation;
 end;
 
+create function autoembed.check_owner(relation oid) returns void
+language plpgsql stable set search_path = pg_catalog, pg_temp as $$
+begin
+    if autoembed.owns(relation) is not true then
+        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation::regclass);
+    end if;
+end
+$$;
+
 -- Is the caller the owner of the relation and of all its partitions, and nobody greater behind a SET ROLE?
 -- In PL/pgSQL, as all that is asked in each transaction of a fill: its plans outlive the call, those of SQL functions
 -- are made each time, and cost more than a claim. Step by step: a join would read all of pg_class.

@@ -199,6 +199,7 @@ begin
     perform autoembed.not_yet('destination') where destination is not null;
     options := autoembed.check_options(relation, source, template, cache, track, writes);
     perform autoembed.check_relation(relation);
+    perform autoembed.check_owner(relation);
     whole := autoembed.is_whole(relation, target);
     if not (whole and if_not_exists) then
         -- Against a second declaration at the same time, and against writers that would miss the new triggers. The
@@ -240,9 +241,10 @@ begin
     sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n) order by n);
     target_number := autoembed.check_target(relation, target, m.name, m.dimensions);
 
-    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, options)
-    values (relation, target_number, sources, m.name, m.fingerprint, mode, options)
-    returning registration.id into id;
+    perform autoembed.request(null, 'declare', jsonb_build_object(
+        'relation', relation::oid, 'target', target_number, 'sources', sources, 'model', m.name, 'fingerprint', m.fingerprint,
+        'mode', mode, 'enabled', true, 'options', options));
+    id := autoembed.find(relation, target);
     perform autoembed.install(id);
     perform autoembed.say_existing(id);
 end
@@ -305,7 +307,7 @@ declare
     s autoembed.column_sql := autoembed.column_sql_of(registration);
 begin
     select * into r from autoembed.registration g where g.id = resize.registration;
-    update autoembed.registration g set row_trigger = null where g.id = r.id;
+    perform autoembed.request(r.id, 'note trigger', '{"oid": null}');
     execute format('drop trigger %I on %s', (select t.tgname from pg_trigger t where t.oid = autoembed.row_trigger(r)),
                    r.relation::regclass);
     execute format('alter table %s alter column %s type %s(%s) using null', s.name, s.target, s.type, dimensions);
@@ -320,6 +322,7 @@ returns boolean
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     declared bigint;
+    r autoembed.registration;
     m record;
     s autoembed.column_sql;
     other boolean := false;
@@ -332,36 +335,29 @@ begin
     -- this one.
     execute format('lock table %s in access exclusive mode', relation);
     declared := autoembed.find(relation, target);
-    s := autoembed.column_sql_of(declared);
-    update autoembed.registration r
-    set mode = coalesce(change.mode, r.mode), enabled = coalesce(change.enabled, r.enabled),
-        options = autoembed.check_options(
-            change.relation, s.sources,
-            coalesce(template, autoembed.template_text(r.options ->> 'template', s.sources)),
-            coalesce(cache, false), coalesce(track, false), coalesce(writes, r.options ->> 'writes', 'fill'))
-    where r.id = declared;
-    if not found then
-        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
-    end if;
+    perform autoembed.check_owner(relation);
+    select * into r from autoembed.registration g where g.id = declared;
+    s := autoembed.column_sql_of(r.id);
+    r.mode := coalesce(mode, r.mode);
+    r.enabled := coalesce(enabled, r.enabled);
+    r.options := autoembed.check_options(
+        relation, s.sources, coalesce(template, autoembed.template_text(r.options ->> 'template', s.sources)),
+        coalesce(cache, false), coalesce(track, false), coalesce(writes, r.options ->> 'writes', 'fill'));
     if model is not null then
         if m.dimensions <> s.dimensions then
-            perform autoembed.resize(declared, m.dimensions);
+            perform autoembed.resize(r.id, m.dimensions);
         end if;
         perform autoembed.check_target(relation, target, m.name, m.dimensions);
-        if (m.name, m.fingerprint) is distinct from (s.model, s.fingerprint) then
-            update autoembed.registration r
-            set model = m.name, fingerprint = m.fingerprint, generation = r.generation + 1
-            where r.id = declared;
-            perform autoembed.request(declared, 'reset');
-            other := true;
-        end if;
+        other := (m.name, m.fingerprint) is distinct from (r.model, r.fingerprint);
+        r.model := m.name;
+        r.fingerprint := m.fingerprint;
     end if;
-    if not other and s.content is distinct from (autoembed.column_sql_of(declared)).content then
-        update autoembed.registration r set generation = r.generation + 1 where r.id = declared;
-        perform autoembed.request(declared, 'reset');
+    perform autoembed.request(r.id, 'change', to_jsonb(r) || jsonb_build_object('reset', other));
+    if not other and s.content is distinct from (autoembed.column_sql_of(r.id)).content then
+        perform autoembed.request(r.id, 'change', to_jsonb(r) || jsonb_build_object('reset', true));
         other := true;
     end if;
-    perform autoembed.install(declared);
+    perform autoembed.install(r.id);
     return other;
 end
 $$;
@@ -392,15 +388,14 @@ $$;
 create function embed_column_drop(relation regclass, target name default 'embedding') returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
+    declared bigint;
     r autoembed.registration;
 begin
     execute format('lock table %s in access exclusive mode', relation);
-    select * into r from autoembed.registration g
-    where g.id = autoembed.find(embed_column_drop.relation, embed_column_drop.target);
-    delete from autoembed.registration g where g.id = r.id;
-    if not found then
-        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation);
-    end if;
+    declared := autoembed.find(relation, target);
+    perform autoembed.check_owner(relation);
+    select * into r from autoembed.registration g where g.id = declared;
+    perform autoembed.request(r.id, 'drop');
     perform autoembed.drop_triggers(r.relation, autoembed.row_trigger(r), target);
     perform autoembed.drop_pending_index(r.relation, r.target);
 end

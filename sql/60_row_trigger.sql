@@ -187,9 +187,8 @@ begin
     -- also where session_replication_role is replica: a subscriber's vectors go stale like anybody's
     execute format('alter table %s enable always trigger %I', r.relation::regclass, trigger);
     execute format('alter trigger %I on %s depends on extension pg_autoembed', trigger, r.relation::regclass);
-    update autoembed.registration g
-    set row_trigger = (select t.oid from pg_trigger t where t.tgrelid = r.relation and t.tgname = trigger)
-    where g.id = r.id;
+    perform autoembed.request(r.id, 'note trigger', (
+        select jsonb_build_object('oid', t.oid) from pg_trigger t where t.tgrelid = r.relation and t.tgname = trigger));
 end
 $$;
 

@@ -26,7 +26,6 @@ declare
     sources smallint[] := array(
         select a.attnum from unnest(arguments[7:]) with ordinality as u (name, n)
         join pg_attribute a on a.attrelid = relation and a.attname = u.name and not a.attisdropped order by n);
-    adopted autoembed.registration;
 begin
     if target is null or cardinality(sources) = 0 or cardinality(sources) < cardinality(arguments) - 6
         or arguments[4] not in ('deferred', 'immediate') or arguments[5] not in ('true', 'false')
@@ -35,56 +34,52 @@ begin
             message = format('a trigger on %s that calls autoembed.invalidate() has arguments that do not fit the table', relation::regclass),
             hint = 'Declare columns with embed_column, which makes the trigger.';
     end if;
-    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, options, row_trigger)
-    values (relation, target, sources, arguments[2], arguments[3], arguments[4], arguments[5]::boolean,
-            arguments[6]::jsonb, trigger)
-    on conflict do nothing
-    returning * into adopted;
-    if adopted.id is not null and not autoembed.is_sound(adopted) then
-        raise exception using errcode = 'object_not_in_prerequisite_state',
-            message = format('%s cannot have an embedding column with these source and target columns', relation::regclass),
-            hint = 'Declare columns with embed_column, which says what is wrong.';
-    end if;
+    perform autoembed.register(jsonb_build_object(
+        'relation', relation, 'target', target, 'sources', sources, 'model', arguments[2], 'fingerprint', arguments[3],
+        'mode', arguments[4], 'enabled', arguments[5]::boolean, 'options', arguments[6]::jsonb, 'row_trigger', trigger));
 end
 $$;
 
--- security definer: registrations must follow their tables whoever renames or restores them. Runs no user's code:
--- it reads catalogs and makes triggers.
+-- Security definer: registrations must follow their tables whoever renames or restores them. It runs no user's code: it
+-- reads catalogs and makes triggers. Every ALTER TABLE of the database comes by, so it looks first whether a relation is
+-- declared; and jit is off because the caller's planner settings hold here as well, and what is switched off counts as
+-- expensive.
 create function autoembed.on_ddl() returns event_trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
-    touched oid[] := array(
-        select distinct a.relid
-        from pg_event_trigger_ddl_commands() d
-        left join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
-        left join pg_type y on d.command_tag = 'ALTER TYPE' and (y.oid = d.objid or y.typrelid = d.objid)
-        left join pg_class c on c.reloftype = y.oid  -- typed tables, which ALTER TYPE … CASCADE does not name
-        cross join lateral (
-            select coalesce(c.oid, t.tgrelid, d.objid) as relid
-            union select p.relid from pg_partition_ancestors(coalesce(c.oid, t.tgrelid, d.objid)) p) a);
+    altered oid[];   -- what a command changes itself
+    touched oid[];   -- that, what is given a trigger, and the partitioned tables above
+    triggers oid[];  -- row triggers of ours
     trigger record;
     id bigint;
 begin
-    if tg_tag = 'CREATE TABLE' and not exists (
-        select from pg_event_trigger_ddl_commands() d join pg_inherits i on i.inhrelid = d.objid) then
-        return;  -- of new tables, partitions alone concern us
+    select array_agg(d.objid) filter (where d.classid = 'pg_class'::regclass),
+           array_agg(coalesce(t.tgrelid, d.objid)),
+           array_agg(t.oid) filter (where t.tgfoid = 'autoembed.invalidate()'::regprocedure and t.tgparentid = 0)
+    into altered, touched, triggers
+    from pg_event_trigger_ddl_commands() d
+    left join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid;
+    if tg_tag = 'ALTER TYPE' then  -- CASCADE alters typed tables, and names none
+        altered := array(select c.oid from unnest(touched) u
+                         join pg_type y on u in (y.oid, y.typrelid) join pg_class c on c.reloftype = y.oid);
+        touched := altered;
+    end if;
+    touched := array(select u from unnest(touched) u union select p.relid from unnest(touched) u, pg_partition_ancestors(u) p);
+    if triggers is null and not exists (select from autoembed.registration r where r.relation = any (touched)) then
+        return;
     end if;
     for trigger in
-        select t.oid
-        from pg_event_trigger_ddl_commands() d
-        join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid
-        where t.tgfoid = 'autoembed.invalidate()'::regprocedure and t.tgparentid = 0
+        select t.oid from pg_trigger t
+        where t.oid = any (triggers)
           and not exists (select from autoembed.registration r
                           join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target
                           where r.relation = t.tgrelid and a.attname::text = (autoembed.arguments_of(t.oid))[1])
     loop
         perform autoembed.adopt(trigger.oid);
     end loop;
-    -- a column of the key may have another name now
-    update autoembed.registration r set generation = r.generation + 1
-    where r.relation = any (touched) and exists (
-        select from pg_event_trigger_ddl_commands() d
-        where d.classid = 'pg_class'::regclass and d.command_tag <> 'CREATE TABLE');
+    -- A column of the key may have another name now. Of a partition's ALTER TABLE nothing reaches the registration: with
+    -- a row written there, two partitions could not be altered at once.
+    update autoembed.registration r set generation = r.generation + 1 where r.relation = any (altered);
     for id in
         with near as materialized (select r from autoembed.registration r where r.relation = any (touched))
         select (n.r).id from near n where autoembed.is_outdated(n.r)
@@ -133,22 +128,22 @@ $$;
 
 -- A table, a column or the trigger went: the registration goes too, and what is left of it on the table.
 create function autoembed.on_drop() returns event_trigger
-language plpgsql security definer set search_path = pg_catalog, pg_temp as $$
+language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
+    touched oid[] := array(
+        select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))::oid
+               else d.objid end
+        from pg_event_trigger_dropped_objects() d where d.object_type in ('table', 'table column', 'trigger'));
     r record;
     trigger name;
 begin
+    if not exists (select from autoembed.registration g where g.relation = any (touched)
+                   union all select from autoembed.partition p where p.relation = any (touched)) then
+        return;
+    end if;
     for r in
-        with touched as materialized (
-            select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))::oid
-                       else d.objid end as oid
-            from pg_event_trigger_dropped_objects() d where d.object_type in ('table', 'table column', 'trigger')
-        ), near as materialized (
-            select g.id from autoembed.registration g join touched t on t.oid = g.relation
-        )
         delete from autoembed.registration g
-        using near
-        where g.id = near.id
+        where g.relation = any (touched)
           and (not exists (select from pg_class c where c.oid = g.relation)
                or autoembed.column_name(g.relation, g.target) is null
                or cardinality(autoembed.column_names(g.relation, g.sources)) is distinct from cardinality(g.sources)
@@ -159,8 +154,8 @@ begin
         perform autoembed.drop_triggers(r.relation, r.row_trigger, coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
         perform autoembed.drop_pending_index(r.relation, r.target);
     end loop;
-    delete from autoembed.partition p using pg_event_trigger_dropped_objects() d
-    where d.object_type = 'table' and p.relation = d.objid;
+    delete from autoembed.partition p
+    where p.relation = any (touched) and not exists (select from pg_class c where c.oid = p.relation);
 end
 $$;
 

@@ -5,11 +5,9 @@ do $$
 declare
     state name;
 begin
-    foreach state in array array['registration', 'run', 'failure', 'truncation', 'inflight', 'inflight_twin', 'suspect', 'frontier'] loop
+    foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect', 'frontier'] loop
         execute format('alter table autoembed.%I enable row level security', state);
         execute format('grant select on autoembed.%I to public', state);
-    end loop;
-    foreach state in array array['run', 'failure', 'truncation', 'inflight', 'suspect', 'frontier'] loop
         execute format(
             'create policy owner on autoembed.%I for select using (registration in (
                  select r.id from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
@@ -21,11 +19,12 @@ $$;
 grant usage on schema autoembed to public;
 grant usage on sequence autoembed.inflight_id_seq to public;
 grant insert (registration, action, arguments) on autoembed.request to public;  -- and not role
-grant insert, update, delete on autoembed.registration to public;
 
 -- what is declared is no secret, as a table's triggers are none
-create policy everyone on autoembed.registration for select using (true);
-create policy owner on autoembed.registration using (autoembed.owns(relation)) with check (autoembed.owns(relation));
+grant select on autoembed.registration to public;
+
+alter table autoembed.inflight_twin enable row level security;
+grant select on autoembed.inflight_twin to public;
 create policy owner on autoembed.inflight_twin for select using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
 
 -- A role that may fill without owning must see what is held back, or it would try what crashed the server again and

@@ -189,11 +189,6 @@ ACTIONS = {
     "reads failures": ("select * from embedding_failures", {*ROLES, "postgres"}),
     "reads truncations": ("select * from embedding_truncations", {*ROLES, "postgres"}),
     "reads health": ("select * from embedding_health", {*ROLES, "postgres"}),
-    "changes a registration": (
-        "do $$ begin update autoembed.registration set model = 'x'; "
-        "if not found then raise insufficient_privilege; end if; end $$",
-        {"owner", "postgres"},
-    ),
 }
 
 
@@ -434,14 +429,17 @@ STATE_ROWS = {
 
 @pytest.fixture
 def recorded(cast: Connection) -> Connection:
-    """A row of each state stands for the owner's table."""
+    """A row of each state stands for the owner's table; another table of the owner's is not declared."""
+    with acting_as(cast, "owner"):
+        cast.execute("create table spare (id int primary key, content text, embedding vector(32))")
     for state, row in STATE_ROWS.items():
         cast.execute(f"insert into autoembed.{state} {row} from autoembed.registration")
     return cast
 
 
 def read_state(connection: Connection) -> dict[str, list[str]]:
-    return {state: column(connection, f"select s::text from autoembed.{state} s order by 1") for state in STATE_ROWS}
+    tables = ("registration", *STATE_ROWS)
+    return {state: column(connection, f"select s::text from autoembed.{state} s order by 1") for state in tables}
 
 
 @pytest.mark.parametrize("state", STATE_ROWS)
@@ -459,6 +457,25 @@ def test_state_rows_by_role(recorded: Connection, state: str) -> None:
             assert scalar(recorded, f"select count(*) from autoembed.{state}") == sees
 
 
+STRONGER = ("row share", "row exclusive", "share", "share row exclusive", "exclusive", "access exclusive")
+
+
+def test_no_role_can_lock_what_others_need(cast: Connection) -> None:
+    """A lock on a table of state would stop every fill and every ALTER TABLE of the database."""
+    relations = column(
+        cast,
+        "select c.oid::regclass from pg_class c join pg_depend d on d.objid = c.oid and d.deptype = 'e' "
+        "where c.relkind in ('r', 'v') and d.refobjid = (select oid from pg_extension where extname = 'pg_autoembed')",
+    )
+    assert {"autoembed.registration", "autoembed.request", "embedding_progress"} <= set(relations)
+    for role in ("nobody", "owner"):
+        with acting_as(cast, role):
+            for relation in relations:
+                for mode in STRONGER:
+                    lock = f"do $$ begin lock table {relation} in {mode} mode; end $$"
+                    assert refusal(cast, lock).sqlstate == "42501", (relation, mode)
+
+
 # --- requests, the one door to state ---------------------------------------------------------------------------------
 
 ARGUMENTS = """{
@@ -466,7 +483,9 @@ ARGUMENTS = """{
     "failures": [{"key": [2], "hash": "00", "kind": "crashed", "message": "m"}],
     "truncations": [{"key": [2], "tokens": 9, "limit": 8}],
     "figures": {"tokens": 1, "claim": 1, "encode": 1, "write": 1},
-    "key": [9], "beyond": "b", "held": true, "failure": [{"key": [2], "there": false}], "truncation": null
+    "key": [9], "beyond": "b", "held": true, "failure": [{"key": [2], "there": false}], "truncation": null,
+    "relation": "%s", "target": 3, "sources": [2], "model": "m", "fingerprint": "f", "mode": "immediate",
+    "enabled": false, "options": {}, "row_trigger": null, "reset": true, "oid": 9
 }"""
 REQUEST = "insert into autoembed.request (registration, action, arguments) "
 
@@ -476,7 +495,8 @@ def requests(connection: Connection) -> list[str]:
     source = scalar(connection, "select prosrc from pg_proc where oid = 'autoembed.serve_request()'::regprocedure")
     actions = re.findall(r"when '([a-z ]+)' then", source)
     assert {"settle", "retry"} <= set(actions)
-    arguments = {action: "[[2]]" if action == "drop suspects" else ARGUMENTS for action in actions}
+    known = ARGUMENTS % scalar(connection, "select 'spare'::regclass::oid")
+    arguments = {action: "[[2]]" if action == "drop suspects" else known for action in actions}
     return [
         f"{REQUEST} select id, '{action}', '{arguments[action]}' from autoembed.registration "
         "where relation = 'docs'::regclass"
@@ -574,30 +594,32 @@ def test_definer_runs_nobodys_code(recorded: Connection) -> None:
         for request in asked:
             recorded.execute(request)
         assert column(recorded, f"select who from {schema}.caught") == []  # the hijacks' own operators aside
-        recorded.execute(f"{REQUEST} select id, 'retry', 'fine'::{schema}.wish from autoembed.registration")
+        recorded.execute(f"{REQUEST} values (1, 'retry', 'fine'::{schema}.wish)")
         recorded.execute(f"set search_path = {schema}, public")
         recorded.execute("discard temp")
     assert column(recorded, "select who from caught") == ["owner"]  # the cast is the asker's own
 
 
-def test_owner_makes_no_other_fill_fail(cast: Connection, warm_role: Callable[..., str]) -> None:
+def test_owner_makes_no_other_fill_fail(recorded: Connection, warm_role: Callable[..., str]) -> None:
     """By no made-up number: ids are drawn by the server, or stand behind the registration's own."""
     warm_role("other")
     for statement in recipes():
-        cast.execute(statement.replace("to owner", "to other").replace("to searcher", "to other"))
-    with acting_as(cast, "other"):
-        cast.execute("create table others (id int primary key, content text, embedding vector(32))")
-        cast.execute("select embed_column('others', 'content', model => 'tiny-mpnet')")
-        cast.execute("insert into others select g, 'text ' || g from generate_series(1, 4) g")
-    with acting_as(cast, "owner"):
-        drawn = scalar(cast, "select nextval('autoembed.inflight_id_seq')")
+        recorded.execute(statement.replace("to owner", "to other").replace("to searcher", "to other"))
+    with acting_as(recorded, "other"):
+        recorded.execute("create table others (id int primary key, content text, embedding vector(32))")
+        recorded.execute("select embed_column('others', 'content', model => 'tiny-mpnet')")
+        recorded.execute("insert into others select g, 'text ' || g from generate_series(1, 4) g")
+    with acting_as(recorded, "owner"):
+        drawn = scalar(recorded, "select nextval('autoembed.inflight_id_seq')")
         for number in range(drawn, drawn + 5):
             flight = ARGUMENTS.replace('"id": 77', f'"id": {number}')
-            cast.execute(f"{REQUEST} select id, 'record inflight', %s from autoembed.registration", [flight])
-        for request in requests(cast):
-            cast.execute(request)
-    with acting_as(cast, "other"):
-        assert scalar(cast, "call embed_pending(2)") == 4
+            recorded.execute(f"{REQUEST} select id, 'record inflight', %s from autoembed.registration", [flight])
+        for request in requests(recorded):
+            recorded.execute(request)
+    with acting_as(recorded, "other"):
+        assert scalar(recorded, "call embed_pending(2)") == 4
+        recorded.execute("create table more (id int primary key, content text, embedding vector(32))")
+        recorded.execute("select embed_column('more', 'content', model => 'tiny-mpnet')")
 
 
 def test_filler_cannot_park_rows(cast: Connection) -> None:
