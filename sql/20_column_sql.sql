@@ -217,8 +217,9 @@ begin atomic
     join pg_catalog.pg_attribute a on a.attrelid = relation and a.attnum = u.attnum and not a.attisdropped;
 end;
 
--- The relation, and where it is partitioned all that is under it. pg_partition_tree locks them, and so waits for
--- whoever holds one; this takes no lock.
+-- The relation, a table or an index, and where it is partitioned all that is under it. pg_partition_tree locks them,
+-- before the one above: it waits for whoever holds one, and who holds one and wants the table waits for it. This takes
+-- no lock.
 create function autoembed.family(relation oid) returns setof oid
 language sql stable
 begin atomic

@@ -32,10 +32,10 @@ begin
         select from pg_roles r where r.rolname = session_user and r.rolsuper and r.oid <> owner) then
         return false;
     end if;
-    -- of a plain table nothing more: to ask for a tree takes a lock
+    -- of a plain table nothing more: to ask for a tree takes time
     return kind <> 'p' or not exists (
-        select from pg_partition_tree(is_own.relation) p
-        where (select c.relowner from pg_class c where c.oid = p.relid) <> owner);
+        select from autoembed.family(is_own.relation) m
+        where (select c.relowner from pg_class c where c.oid = m) <> owner);
 end
 $$;
 

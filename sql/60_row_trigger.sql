@@ -92,7 +92,7 @@ language sql stable
 begin atomic
     select exists (
         select from pg_catalog.pg_trigger t
-        where (t.tgrelid = relation or t.tgrelid in (select p.relid from pg_catalog.pg_partition_tree(relation) p))
+        where t.tgrelid in (select m from autoembed.family(relation) m)
           and not t.tgisinternal and t.tgtype & 19 = 19  -- before, each row, update
           and t.tgfoid <> 'autoembed.invalidate()'::regprocedure);
 end;
@@ -120,7 +120,7 @@ language sql stable
 begin atomic
     select max(t.tgname::text collate "C")
     from pg_catalog.pg_trigger t
-    where (t.tgrelid = relation or t.tgrelid in (select p.relid from pg_catalog.pg_partition_tree(relation) p))
+    where t.tgrelid in (select m from autoembed.family(relation) m)
       and not t.tgisinternal and t.tgtype & 19 = 19
       and t.tgfoid <> 'autoembed.invalidate()'::regprocedure;
 end;

@@ -58,13 +58,15 @@ begin
            array_agg(t.oid) filter (where t.tgfoid = 'autoembed.invalidate()'::regprocedure and t.tgparentid = 0)
     into altered, touched, triggers
     from pg_event_trigger_ddl_commands() d
-    left join pg_trigger t on d.classid = 'pg_trigger'::regclass and t.oid = d.objid;
+    left join lateral (  -- one by one: the planner expects a hundred commands, and would read all of pg_trigger
+        select g.oid, g.tgrelid, g.tgfoid, g.tgparentid from pg_trigger g
+        where d.classid = 'pg_trigger'::regclass and g.oid = d.objid offset 0) t on true;
     if tg_tag = 'ALTER TYPE' then  -- CASCADE alters typed tables, and names none
         altered := array(select c.oid from unnest(touched) u
                          join pg_type y on u in (y.oid, y.typrelid) join pg_class c on c.reloftype = y.oid);
         touched := altered;
     end if;
-    touched := array(select u from unnest(touched) u union select p.relid from unnest(touched) u, pg_partition_ancestors(u) p);
+    touched := array(select u from unnest(touched) u union all select p.relid from unnest(touched) u, pg_partition_ancestors(u) p);
     if triggers is null and not exists (select from autoembed.registration r where r.relation = any (touched)) then
         return;
     end if;

@@ -14,8 +14,8 @@ declare
 begin
     for partition in
         insert into autoembed.partition (registration, relation)
-        select r.id, t.relid from pg_partition_tree(r.relation) t
-        where not exists (select from autoembed.partition p where p.registration = r.id and p.relation = t.relid)
+        select r.id, m from autoembed.family(r.relation) m
+        where not exists (select from autoembed.partition p where p.registration = r.id and p.relation = m)
         returning autoembed.partition.relation
     loop
         if not is_first then
@@ -24,7 +24,7 @@ begin
     end loop;
     for partition in
         delete from autoembed.partition p
-        where p.registration = r.id and p.relation not in (select t.relid from pg_partition_tree(r.relation) t)
+        where p.registration = r.id and p.relation not in (select m from autoembed.family(r.relation) m)
         returning p.relation
     loop
         perform autoembed.let_go(r, partition);

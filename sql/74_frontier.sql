@@ -14,9 +14,7 @@ create function autoembed.has_many_dead_rows(relation oid) returns boolean
 language sql volatile
 begin atomic
     select sum(pg_stat_get_dead_tuples(t.oid) + pg_stat_get_xact_tuples_updated(t.oid)) >= 20000
-    from (select c.oid from pg_catalog.pg_class c where c.oid = relation
-          union all
-          select p.relid from pg_catalog.pg_class c, pg_partition_tree(c.oid) p where c.oid = relation and c.relkind = 'p' and p.isleaf) t;
+    from autoembed.family(relation) t (oid);
 end;
 
 -- For the next call's beginning, a call says behind which key no row was held back, and where the last row was that it

@@ -271,7 +271,7 @@ language sql stable
 begin atomic
     select m.amname, case m.amname when 'ivfflat'
         then coalesce(substring(c.reloptions::text from 'lists=([0-9]+)')::integer, 100) end
-    from (select relation as oid union select p.relid from pg_partition_tree(relation) p) r
+    from autoembed.family(relation) r (oid)
     join pg_catalog.pg_index i on i.indrelid = r.oid and i.indisvalid
     join pg_catalog.pg_class c on c.oid = i.indexrelid
     join pg_catalog.pg_am m on m.oid = c.relam and m.amname in ('hnsw', 'ivfflat')

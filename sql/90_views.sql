@@ -76,7 +76,7 @@ create function autoembed.page_count(relation oid) returns bigint
 language sql volatile
 begin atomic
     select coalesce(sum(pg_relation_size(l.oid)), 0)::bigint / current_setting('block_size')::bigint
-    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l;
+    from autoembed.family(relation) l (oid);  -- a partitioned table has no pages of its own
 end;
 
 -- live rows as the statistics have them, or, where they know nothing yet, no more than fit the pages
@@ -86,7 +86,7 @@ begin atomic
     select greatest(coalesce(sum(pg_stat_get_live_tuples(l.oid)), 0),
                     coalesce(sum(c.reltuples), 0),
                     case when autoembed.page_count(relation) > 20000 then 100001 else 0 end)::bigint
-    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
+    from autoembed.family(relation) l (oid)
     join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p';  -- which has the sum of its partitions
 end;
 
@@ -109,11 +109,9 @@ create function autoembed.likely_rows(
     relation oid, sampled double precision, deviation double precision) returns double precision
 language sql volatile
 begin atomic
-    with leaf as (
-        select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf
-    ), known (written, found) as (
+    with known (written, found) as (
         select sum(pg_stat_get_live_tuples(l.oid))::double precision, sum(c.reltuples)::double precision
-        from leaf l join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p'
+        from autoembed.family(relation) l (oid) join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p'
     )
     select coalesce((select e.rows from known k, unnest(array[k.written, k.found]) e (rows)
                      where abs(e.rows - sampled) <= 4 * deviation
@@ -174,7 +172,7 @@ language sql volatile
 begin atomic
     select case when bool_and(c.reltuples >= 0 or pg_stat_get_live_tuples(c.oid) > 0 or pg_relation_size(c.oid) = 0)
                 then autoembed.row_estimate(relation) end
-    from (select relation as oid union select p.relid from pg_catalog.pg_partition_tree(relation) p where p.isleaf) l
+    from autoembed.family(relation) l (oid)
     join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'p';
 end;
 
@@ -183,8 +181,8 @@ language sql volatile
 begin atomic
     select case when bool_and(t.reltuples >= 0 or pg_relation_size(t.oid) = 0) then sum(greatest(c.reltuples, 0))::bigint end
     from autoembed.pending_indexes(relation, target) p
-    join lateral (select p as oid union select t.relid from pg_catalog.pg_partition_tree(p) t where t.isleaf) l on true
-    join pg_catalog.pg_class c on c.oid = l.oid
+    cross join lateral autoembed.family(p) l (oid)
+    join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'I'
     join pg_catalog.pg_index i on i.indexrelid = l.oid
     join pg_catalog.pg_class t on t.oid = i.indrelid;
 end;

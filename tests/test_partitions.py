@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psycopg
 import pytest
 
 from support.server import Connection
@@ -132,3 +133,53 @@ def test_partitions_of_a_restored_table_are_known(docs: Connection) -> None:
     assert len(heard) == 1
     assert "has vectors already" in str(heard[0].message)
     assert scalar(docs, "select count(*) from autoembed.partition p join pg_class c on c.oid = p.relation") >= 5
+
+
+# --- two at once -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["set (fillfactor = 70)", "add check (id is not null)"])
+def test_two_partitions_are_altered_at_once(docs: Connection, change: str) -> None:
+    """Neither transaction waits for the other: the declared table's registration is not theirs."""
+    generation = scalar(docs, "select generation from autoembed.registration where relation = 'docs'::regclass")
+    schema = scalar(docs, "select current_schema()")
+    with psycopg.connect(docs.info.dsn) as other, docs.transaction(force_rollback=True):
+        docs.execute(f"alter table p {change}")
+        other.execute("set lock_timeout = '5s'")
+        other.execute(f"alter table {schema}.q1 {change}")
+        other.rollback()
+    docs.execute(f"alter table p {change}")
+    declared = "select generation from autoembed.registration where relation = 'docs'::regclass"
+    assert scalar(docs, declared) == generation
+
+
+# --- what DDL costs others -------------------------------------------------------------------------------------------
+
+
+def test_alter_of_an_undeclared_table_reads_no_more_with_many_declared(docs: Connection) -> None:
+    """Each declared table has rows in pg_trigger, which is not read through. A few registrations fit a page or two."""
+    docs.execute("create table mine (id int)")
+
+    def triggers_read() -> int:
+        docs.execute("select pg_stat_force_next_flush()")  # what is not flushed yet would count again
+        with docs.transaction():
+            docs.execute("alter table mine set (fillfactor = 70)")
+            seen = (
+                "select seq_tup_read + idx_tup_fetch from pg_stat_xact_all_tables where relid = 'pg_trigger'::regclass"
+            )
+            return int(scalar(docs, seen))
+
+    triggers_read()
+    before = triggers_read()
+    docs.execute(
+        "do $$ begin for n in 1..40 loop "
+        "execute format('create table many%s (id int primary key, content text, embedding vector(32))', n); "
+        f"perform embed_column(format('many%s', n)::regclass, 'content', model => '{TINY}'); end loop; end $$"
+    )
+    assert triggers_read() <= before
+
+
+def test_planner_settings_compile_no_event_trigger(docs: Connection) -> None:
+    """What is switched off counts as very expensive, which jit takes for worth compiling."""
+    settings = "select proname from pg_proc where prosecdef and pronamespace = 'autoembed'::regnamespace "
+    assert column(docs, settings + "and not 'jit=off' = any (proconfig)") == []
