@@ -13,20 +13,23 @@ begin
     join pg_catalog.pg_roles o on o.oid operator(pg_catalog.=) p.proowner
     where p.pronamespace operator(pg_catalog.=) '@extschema@'::pg_catalog.regnamespace and not o.rolsuper
       and exists (select from pg_catalog.pg_proc c
-                  where c.proname operator(pg_catalog.=) p.proname and c.pronamespace operator(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace)
+                  where c.proname operator(pg_catalog.=) p.proname
+                      and c.pronamespace operator(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace)
     union all
     select p.oid::pg_catalog.regoperator::pg_catalog.text
     from pg_catalog.pg_operator p
     join pg_catalog.pg_roles o on o.oid operator(pg_catalog.=) p.oprowner
     where p.oprnamespace operator(pg_catalog.=) '@extschema@'::pg_catalog.regnamespace and not o.rolsuper
       and exists (select from pg_catalog.pg_operator c
-                  where c.oprname operator(pg_catalog.=) p.oprname and c.oprnamespace operator(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace)
+                  where c.oprname operator(pg_catalog.=) p.oprname
+                      and c.oprnamespace operator(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace)
     limit 1;
     if stranger is not null then
         raise exception using errcode = 'object_not_in_prerequisite_state',
-            message = pg_catalog.concat('schema @extschema@ holds ', stranger, ', which has the name of one of PostgreSQL''s own and is no superuser''s'),
+            message = pg_catalog.concat('schema @extschema@ holds ', stranger,
+                ', which has the name of one of PostgreSQL''s own and is no superuser''s'),
             detail = 'It could run with a superuser''s rights while the extension is installed or updated.',
-            hint = 'Install the extension in a schema of its own, as in CREATE EXTENSION pg_autoembed SCHEMA …, or rename what stands there.';
+            hint = 'Install the extension in a schema of its own, as in CREATE EXTENSION pg_autoembed SCHEMA ..., or rename what stands there.';
     end if;
 end
 $$;

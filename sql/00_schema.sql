@@ -1,4 +1,5 @@
 -- The interface goes into the schema that the extension is installed in; state and inner functions live here.
 create schema autoembed;
 
-comment on schema autoembed is 'state and inner functions of pg_autoembed; the interface is in the schema of the extension';
+comment on schema autoembed is
+    'Holds the state and the inner functions of pg_autoembed; the interface is in the schema of the extension.';

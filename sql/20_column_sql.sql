@@ -45,7 +45,8 @@ end;
 create function autoembed.cut(name text, bytes integer) returns text
 language sql immutable
 begin atomic
-    select left(name, (select coalesce(max(n), 0) from generate_series(1, length(name)) n where octet_length(left(name, n)) <= bytes));
+    select left(name, (select coalesce(max(n), 0) from generate_series(1, length(name)) n
+        where octet_length(left(name, n)) <= bytes));
 end;
 
 create function autoembed.pending_condition(prefix text, target name, sources name[]) returns text
@@ -62,7 +63,8 @@ begin atomic
     select pg_catalog.sha256(convert_to(content, 'UTF8'));
 end;
 
--- Only types that are text under another name: a cast that runs a user's function would run it with the filler's rights.
+-- Only types that are text under another name: a cast that runs a user's function would run it with the filler's
+-- rights.
 create function autoembed.is_text(type oid) returns boolean
 language sql stable
 begin atomic
@@ -143,7 +145,7 @@ begin
     if autoembed.key_index(relation) is null then
         raise exception using errcode = 'object_not_in_prerequisite_state',
             message = format('relation %s has lost its primary key: its rows cannot be told apart', relation::regclass),
-            hint = 'Add a primary key, or a unique key without nulls, then call embed_column(…, if_not_exists => true).';
+            hint = 'Add a primary key, or a unique key without nulls, then call embed_column(..., if_not_exists => true).';
     end if;
 end
 $$;
@@ -162,13 +164,15 @@ end;
 create function autoembed.type_name(type oid) returns text
 language sql stable
 begin atomic
-    select format('%s.%I', t.typnamespace::pg_catalog.regnamespace, t.typname) from pg_catalog.pg_type t where t.oid = type;
+    select format('%s.%I', t.typnamespace::pg_catalog.regnamespace, t.typname) from pg_catalog.pg_type t
+        where t.oid = type;
 end;
 
--- A value of a key as jsonb that is the same in every session: a row's lock and its failures are known by it. Only types
--- whose text follows a setting pay for it.
+-- A value of a key as jsonb that is the same in every session: a row's lock and its failures are known by it. Only
+-- types whose text follows a setting pay for it.
 create function autoembed.to_fixed_jsonb(value anyelement) returns jsonb
-language plpgsql stable set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex' set extra_float_digits = 1 as $$
+language plpgsql stable set timezone = 'UTC' set intervalstyle = 'postgres' set bytea_output = 'hex'
+    set extra_float_digits = 1 as $$
 begin
     return pg_catalog.to_jsonb(value);
 end
@@ -184,15 +188,18 @@ begin atomic
 end;
 
 create function autoembed.key_columns(
-    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text, out scalar boolean,
+    relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text,
+        out scalar boolean,
     out json text)
 returns setof record
 language sql stable
 begin atomic
     select k.n - 1, a.attname, autoembed.type_name(a.atttypid),
-           autoembed.operator_of(opc.opcfamily, opc.opcintype, 3), autoembed.operator_of(opc.opcfamily, opc.opcintype, 5),
+           autoembed.operator_of(opc.opcfamily, opc.opcintype, 3),
+               autoembed.operator_of(opc.opcfamily, opc.opcintype, 5),
            autoembed.is_scalar(a.atttypid),
-           format(case when autoembed.follows_settings(a.atttypid) then 'autoembed.to_fixed_jsonb(t.%I)' else 't.%I' end, a.attname)
+           format(case when autoembed.follows_settings(a.atttypid) then 'autoembed.to_fixed_jsonb(t.%I)'
+               else 't.%I' end, a.attname)
     from pg_catalog.pg_index i
     cross join lateral unnest((i.indkey::smallint[])[0 : i.indnkeyatts - 1], (i.indclass::oid[])[0 : i.indnkeyatts - 1])
         with ordinality as k (attnum, class, n)
@@ -234,7 +241,7 @@ begin atomic
     select m.oid from member m;
 end;
 
--- May sql over this relation be made from the registration? An owner can write his registrations by hand, and a
+-- May sql over this relation be made from the registration? An owner can write its registrations by hand, and a
 -- superuser's look at embedding_progress runs what they say: so no column whose type or table runs code of its own.
 create function autoembed.is_sound(r autoembed.registration) returns boolean
 language sql stable
@@ -242,7 +249,8 @@ begin atomic
     select exists (
         select from pg_catalog.pg_class c
         join pg_catalog.pg_attribute a on a.attrelid = c.oid and a.attnum = (r).target and not a.attisdropped
-        where c.oid = (r).relation and c.relkind in ('r', 'p') and c.relpersistence <> 't' and autoembed.is_vector(a.atttypid))
+        where c.oid = (r).relation and c.relkind in ('r', 'p') and c.relpersistence <> 't'
+            and autoembed.is_vector(a.atttypid))
       and (select count(*) = cardinality((r).sources) and coalesce(bool_and(autoembed.is_text(a.atttypid)), false)
            from pg_catalog.pg_attribute a
            where a.attrelid = (r).relation and a.attnum = any ((r).sources) and a.attnum > 0 and not a.attisdropped)
@@ -262,7 +270,8 @@ begin
     if r.id is null or not autoembed.is_sound(r) then
         return null;
     end if;
-    select format('%I.%I', n.nspname, c.relname), format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname, c.relname),
+    select format('%I.%I', n.nspname, c.relname), format('%s%I.%I', case c.relkind when 'r' then 'only ' end, n.nspname,
+        c.relname),
            format('%I', a.attname), autoembed.type_name(a.atttypid), a.atttypmod,
            autoembed.column_names(r.relation, r.sources), format('%s.%I', c.oid::regclass, a.attname)
     into s.name, s.rows, s.target, s.type, s.dimensions, s.sources, s.label
@@ -272,10 +281,13 @@ begin
     where c.oid = r.relation;
 
     select array_agg(c.name order by c.position) as names,
-           string_agg(format(case c.position when 0 then 'least(t.%I)' else 't.%I' end, c.name), ', ' order by c.position) as indexed,
+           string_agg(format(case c.position when 0 then 'least(t.%I)' else 't.%I' end, c.name), ', '
+               order by c.position) as indexed,
            format('pg_catalog.jsonb_build_array(%s)', string_agg(c.json, ', ' order by c.position)) as key,
-           string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type), ' and ' order by c.position) as matching,
-           string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', ' order by c.position) as bounds,
+           string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type),
+               ' and ' order by c.position) as matching,
+           string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', '
+               order by c.position) as bounds,
            min(c.greater) as greater
     into k
     from autoembed.key_columns(r.relation) c;
@@ -293,7 +305,8 @@ begin
     s.target_number := r.target;
     s.content := case when r.options ? 'template' then autoembed.template_content(r.options ->> 'template', s.sources)
         when cardinality(s.sources) = 1 then format('(t.%I)::pg_catalog.text', s.sources[1])
-        else format('pg_catalog.array_to_string(array[%s], E''\n'')', (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)
+        else format('pg_catalog.array_to_string(array[%s], E''\n'')',
+            (select string_agg(format('(t.%I)::pg_catalog.text', u.name), ', ' order by u.n)
                                                from unnest(s.sources) with ordinality as u (name, n))) end;
     s.pending := autoembed.pending_condition('t.', autoembed.column_name(r.relation, r.target), s.sources);
     s.key_names := k.names;
@@ -337,7 +350,7 @@ begin
                     select string_agg(quote_ident(a.attname), ', ' order by a.attname)
                     from autoembed.registration r
                     join pg_attribute a on a.attrelid = r.relation and a.attnum = r.target and not a.attisdropped
-                    where r.relation = find.relation) || '. Name it with target => ….',
+                    where r.relation = find.relation) || '. Name it with target => ....',
                 'Declare it with embed_column(relation, source, target); the view embedding_columns lists what is declared.');
     end if;
     return found_id;
@@ -372,7 +385,8 @@ end
 $$;
 
 -- The same for rows that are named by their keys.
-create function autoembed.open_lookup(query text, keys jsonb[], hashes bytea[] default null, vectors text[] default null)
+create function autoembed.open_lookup(query text, keys jsonb[], hashes bytea[] default null,
+    vectors text[] default null)
 returns refcursor
 language plpgsql volatile set enable_seqscan = off set jit = off as $$
 declare

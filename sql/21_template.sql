@@ -24,17 +24,20 @@ declare
     stranger text;
 begin
     if exists (select from autoembed.template_pieces(template) p where p.literal is null and p.name is null) then
-        raise exception using errcode = 'invalid_parameter_value', message = 'the template has a brace without its other one',
+        raise exception using errcode = 'invalid_parameter_value',
+            message = 'the template has a brace without its other one',
             hint = 'A column is {name}; a brace of the text is {{ or }}.';
     end if;
-    select p.name into stranger from autoembed.template_pieces(template) p where p.name <> all (sources::text[]) limit 1;
+    select p.name into stranger from autoembed.template_pieces(template) p
+        where p.name <> all (sources::text[]) limit 1;
     if stranger is not null then
         raise exception using errcode = 'undefined_column',
             message = format('the template names %s, which is no source column of %s', quote_ident(stranger), relation),
             hint = format('The source columns are: %s.', array_to_string(sources, ', '));
     end if;
     select u.name into stranger from unnest(sources) as u (name)
-    where u.name::text not in (select p.name from autoembed.template_pieces(template) p where p.name is not null) limit 1;
+    where u.name::text not in (select p.name from autoembed.template_pieces(template) p
+        where p.name is not null) limit 1;
     if stranger is not null then
         raise exception using errcode = 'invalid_parameter_value',
             message = format('the template does not name source column %I of %s', stranger, relation),

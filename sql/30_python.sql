@@ -31,12 +31,14 @@ begin
     when refusal.hint is null then
         raise exception using errcode = refusal.sqlstate, message = refusal.message, detail = refusal.detail;
     else
-        raise exception using errcode = refusal.sqlstate, message = refusal.message, detail = refusal.detail, hint = refusal.hint;
+        raise exception using errcode = refusal.sqlstate, message = refusal.message, detail = refusal.detail,
+            hint = refusal.hint;
     end case;
 end
 $$;
 
-create function autoembed.encode_text(content text, model text, prompt text, out vector vector, out refusal autoembed.refusal)
+create function autoembed.encode_text(content text, model text, prompt text, out vector vector,
+    out refusal autoembed.refusal)
 language plpython3u stable parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].encode_text(content, model, prompt)
@@ -58,9 +60,11 @@ begin
 end
 $$;
 
-comment on function embed(text, text, text) is 'the vector of a text; prompt names one of the model''s prompts, as query or document';
+comment on function embed(text, text, text) is
+    'Returns the vector of a text. prompt names one of the model''s prompts, as query or document.';
 
-create function autoembed.encode_texts(contents text[], model text, prompt text, out vectors vector[], out refusal autoembed.refusal)
+create function autoembed.encode_texts(contents text[], model text, prompt text, out vectors vector[],
+    out refusal autoembed.refusal)
 language plpython3u stable parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].encode_texts(contents, model, prompt)
@@ -79,7 +83,8 @@ begin
 end
 $$;
 
-comment on function embed(text[], text, text) is 'the vectors of many texts in one pass: order kept, null stays null';
+comment on function embed(text[], text, text) is
+    'Returns the vectors of many texts, computed in one pass. Their order is kept, and null stays null.';
 
 -- A driver sends a list without its type, and embed() then takes the array's literal for one text. This takes no other.
 create function embed_texts(contents text[], model text default null, prompt text default null) returns vector[]
@@ -96,10 +101,11 @@ end
 $$;
 
 comment on function embed_texts(text[], text, text) is
-    'as embed(text[]), under a name that takes arrays alone: for drivers that send a list without its type';
+    'Does what embed(text[]) does, and takes arrays alone: for drivers that send a list without its type.';
 
 create function autoembed.find_model(
-    model text, out name text, out dimensions integer, out max_tokens integer, out fingerprint text, out refusal autoembed.refusal)
+    model text, out name text, out dimensions integer, out max_tokens integer, out fingerprint text,
+        out refusal autoembed.refusal)
 language plpython3u stable parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].find_model(model)

@@ -1,5 +1,5 @@
 -- Who fills what. A fill fires the table's triggers, constraints and index expressions with the caller's rights, and
--- no SET ROLE or SECURITY DEFINER contains them: so a superuser fills only his own tables.
+-- no SET ROLE or SECURITY DEFINER contains them: so a superuser fills only tables that it owns itself.
 
 -- whose state rows the current user reads and writes
 create function autoembed.owns(relation oid) returns boolean
@@ -12,7 +12,8 @@ create function autoembed.check_owner(relation oid) returns void
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 begin
     if autoembed.owns(relation) is not true then
-        raise exception using errcode = 'insufficient_privilege', message = format('must be owner of %s', relation::regclass);
+        raise exception using errcode = 'insufficient_privilege',
+            message = format('must be owner of %s', relation::regclass);
     end if;
 end
 $$;
@@ -48,7 +49,7 @@ begin
     end if;
     if exists (select from pg_roles r where r.rolname in (current_user, session_user) and r.rolsuper) then
         raise exception using errcode = 'insufficient_privilege',
-            message = format('a superuser does not fill %s, which is not all his own', relation::regclass),
+            message = format('a superuser does not fill %s, which others own in part or whole', relation::regclass),
             detail = 'Filling runs the triggers, constraints and index expressions of the table''s owner with the caller''s rights; '
                      'a trigger can RESET ROLE.',
             hint = format('Connect as %s.', (select c.relowner::regrole from pg_class c where c.oid = relation));
@@ -72,7 +73,8 @@ declare
 begin
     if not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
         s := autoembed.column_sql_of(s.registration);
-        if s.relation is null or s.fingerprint <> fingerprint or not autoembed.lock_relation(s.name) or not autoembed.is_current(s) then
+        if s.relation is null or s.fingerprint <> fingerprint or not autoembed.lock_relation(s.name)
+            or not autoembed.is_current(s) then
             return null;
         end if;
     end if;

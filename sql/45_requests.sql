@@ -2,8 +2,8 @@
 --
 -- Nobody but the extension writes the tables of state. Whoever may write a table may lock it as well, and would hold up
 -- every fill and every ALTER TABLE of the database; and whoever may choose the keys of rows can have another's collide
--- with them. So a declaration, a fill, a retry insert a request. The trigger below looks whether the request's role owns
--- the relation, changes the state, and keeps no request. To others' requests nothing happens.
+-- with them. So a declaration, a fill, a retry insert a request. The trigger below looks whether the request's role
+-- owns the relation, changes the state, and keeps no request. To others' requests nothing happens.
 --
 -- The role of a request is nobody's to choose: a trigger that runs as the caller writes it, whatever the INSERT says. A
 -- column's default would not do, for a view over this table has defaults of its own. A security definer function cannot
@@ -79,7 +79,8 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     registered autoembed.registration;
 begin
-    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, options, row_trigger)
+    insert into autoembed.registration (relation, target, sources, model, fingerprint, mode, enabled, options,
+        row_trigger)
     select d.*
     from jsonb_to_record(declaration) as d (
         relation oid, target smallint, sources smallint[], model text, fingerprint text, mode text, enabled boolean,
@@ -88,7 +89,8 @@ begin
     returning * into registered;
     if registered.id is not null and not autoembed.is_sound(registered) then
         raise exception using errcode = 'object_not_in_prerequisite_state',
-            message = format('%s cannot have an embedding column with these source and target columns', registered.relation::regclass),
+            message = format('%s cannot have an embedding column with these source and target columns',
+                registered.relation::regclass),
             hint = 'Declare columns with embed_column, which says what is wrong.';
     end if;
 end
@@ -101,7 +103,8 @@ begin
     update autoembed.registration r
     set mode = d.mode, enabled = d.enabled, options = d.options, model = d.model, fingerprint = d.fingerprint,
         generation = r.generation + d.reset::integer
-    from jsonb_to_record(change) as d (mode text, enabled boolean, options jsonb, model text, fingerprint text, reset boolean)
+    from jsonb_to_record(change) as d (mode text, enabled boolean, options jsonb, model text, fingerprint text,
+        reset boolean)
     where r.id = change_registration.registration;
     if (change ->> 'reset')::boolean then
         delete from autoembed.failure f where f.registration = change_registration.registration;
@@ -113,7 +116,8 @@ $$;
 create function autoembed.note_row_trigger(registration bigint, trigger jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    update autoembed.registration r set row_trigger = (trigger ->> 'oid')::oid where r.id = note_row_trigger.registration;
+    update autoembed.registration r set row_trigger = (trigger ->> 'oid')::oid
+        where r.id = note_row_trigger.registration;
 end
 $$;
 

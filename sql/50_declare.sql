@@ -55,7 +55,8 @@ begin
     elsif kind not in ('r', 'p') then
         perform autoembed.refuse(relation, 'it is not a table', 'Name a table.');
     elsif kind = 'r' and exists (select from pg_inherits i where i.inhparent = relation) then
-        perform autoembed.refuse(relation, 'other tables inherit from it', 'Declare each of them, or use partitioning.');
+        perform autoembed.refuse(relation, 'other tables inherit from it',
+            'Declare each of them, or use partitioning.');
     elsif exists (select from pg_inherits i join pg_class c on c.oid = i.inhrelid
                   where i.inhrelid = relation and c.relispartition) then
         perform autoembed.refuse(relation, 'it is a partition', 'Declare the partitioned table.');
@@ -77,14 +78,16 @@ language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     a pg_attribute;
 begin
-    select * into a from pg_attribute x where x.attrelid = relation and x.attname = source and x.attnum > 0 and not x.attisdropped;
+    select * into a from pg_attribute x where x.attrelid = relation and x.attname = source and x.attnum > 0
+        and not x.attisdropped;
     if a.attnum is null then
         raise exception using errcode = 'undefined_column',
             message = format('relation %s has no column %I', relation, source),
             hint = 'Name the column, or an array of columns, that holds the text.';
     elsif not autoembed.is_text(a.atttypid) then
         raise exception using errcode = 'datatype_mismatch',
-            message = format('source column %I of %s is of type %s', source, relation, format_type(a.atttypid, a.atttypmod)),
+            message = format('source column %I of %s is of type %s', source, relation,
+                format_type(a.atttypid, a.atttypmod)),
             hint = 'A source column is of type text, varchar, char, citext or a domain over one of these.';
     elsif a.attgenerated <> '' then
         perform autoembed.refuse(relation, format('source column %I is generated', source),
@@ -109,12 +112,14 @@ declare
     a pg_attribute;
     found_type text;
 begin
-    select * into a from pg_attribute x where x.attrelid = relation and x.attname = target and x.attnum > 0 and not x.attisdropped;
+    select * into a from pg_attribute x where x.attrelid = relation and x.attname = target and x.attnum > 0
+        and not x.attisdropped;
     found_type := format_type(a.atttypid, a.atttypmod);
     if a.attnum is null then
         raise exception using errcode = 'undefined_column',
             message = format('relation %s has no column %I', relation, target),
-            hint = format('Add it: alter table %s add column %I vector(%s)', relation, target, coalesce(dimensions, 768));
+            hint = format('Add it: alter table %s add column %I vector(%s)', relation, target,
+                coalesce(dimensions, 768));
     elsif not autoembed.is_vector(a.atttypid) then
         raise exception using errcode = 'datatype_mismatch',
             message = format('target column %I of %s is of type %s, not vector', target, relation, found_type),
@@ -122,11 +127,14 @@ begin
     elsif a.atttypmod <> dimensions then
         raise exception using errcode = 'datatype_mismatch',
             message = format('target column %I of %s is %s, but model %s has %s dimensions', target, relation,
-                             case when a.atttypmod > 0 then found_type else 'a vector without dimensions' end, model, dimensions),
-            hint = format('alter table %s alter column %I type vector(%s), or name a model that fits.', relation, target, dimensions);
+                             case when a.atttypmod > 0 then found_type else 'a vector without dimensions' end, model,
+                                 dimensions),
+            hint = format('alter table %s alter column %I type vector(%s), or name a model that fits.', relation,
+                target, dimensions);
     elsif a.attnotnull then
         perform autoembed.refuse(relation, format('target column %I is NOT NULL', target),
-            format('A row waits for its vector with a null there: alter table %s alter column %I drop not null', relation, target));
+            format('A row waits for its vector with a null there: alter table %s alter column %I drop not null',
+                relation, target));
     elsif a.attgenerated <> '' then
         perform autoembed.refuse(relation, format('target column %I is generated', target), 'Use a plain column.');
     elsif autoembed.has_default(relation, target) then
@@ -171,7 +179,8 @@ begin
             hint = 'writes is fill (only the fill sets the vectors) or anyone (an UPDATE may bring a vector of its own).';
     end if;
     return jsonb_strip_nulls(jsonb_build_object(
-        'template', autoembed.bind_template(relation, sources, nullif(template, '')), 'writes', nullif(writes, 'fill')));
+        'template', autoembed.bind_template(relation, sources, nullif(template, '')), 'writes',
+            nullif(writes, 'fill')));
 end
 $$;
 
@@ -191,7 +200,8 @@ declare
     whole boolean;
     options jsonb;
 begin
-    if relation is null or source is null or cardinality(source) = 0 or array_position(source, null) is not null or target is null then
+    if relation is null or source is null or cardinality(source) = 0 or array_position(source, null) is not null
+        or target is null then
         raise exception using errcode = 'null_value_not_allowed',
             message = 'embed_column needs a relation, one source column or more, and a target column';
     end if;
@@ -216,7 +226,8 @@ begin
         if if_not_exists then
             perform autoembed.install(id) where not whole;
             if declared <> source then
-                raise warning using message = format('column %I of %s stays declared for other source columns: %s', target, relation, array_to_string(declared, ', ')),
+                raise warning using message = format('column %I of %s stays declared for other source columns: %s',
+                    target, relation, array_to_string(declared, ', ')),
                     hint = 'To change them: embed_column_drop, embed_column, and set the vectors to null.';
             end if;
             if declared_options <> options then
@@ -236,13 +247,16 @@ begin
     select * into m from autoembed.model(embed_column.model);
     if (select count(distinct u) < count(*) from unnest(source) u) then
         raise exception using errcode = 'duplicate_column',
-            message = format('the source of column %I of %s names a column twice', target, relation), hint = 'Name each source column once.';
+            message = format('the source of column %I of %s names a column twice', target, relation),
+                hint = 'Name each source column once.';
     end if;
-    sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n) order by n);
+    sources := array(select autoembed.check_source(relation, u.name) from unnest(source) with ordinality as u (name, n)
+        order by n);
     target_number := autoembed.check_target(relation, target, m.name, m.dimensions);
 
     perform autoembed.request(null, 'declare', jsonb_build_object(
-        'relation', relation::oid, 'target', target_number, 'sources', sources, 'model', m.name, 'fingerprint', m.fingerprint,
+        'relation', relation::oid, 'target', target_number, 'sources', sources, 'model', m.name, 'fingerprint',
+            m.fingerprint,
         'mode', mode, 'enabled', true, 'options', options));
     id := autoembed.find(relation, target);
     perform autoembed.install(id);
@@ -250,9 +264,8 @@ begin
 end
 $$;
 
-comment on function embed_column(
-    regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text) is
-    'declare a vector column: from now on it is filled from the source columns and kept current';
+comment on function embed_column( regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text) is
+    'Declares a vector column: from now on it is filled from the source columns and kept current.';
 
 create function embed_column(
     relation regclass, source name, target name default 'embedding', model text default null,
@@ -272,7 +285,7 @@ declare
     s autoembed.column_sql := autoembed.column_sql_of(registration);
     filled boolean;
 begin
-    -- planning a query over another's table evaluates his index expressions, with the caller's rights
+    -- Planning a query over another's table evaluates its owner's index expressions, with the caller's rights.
     if not autoembed.is_own(s.relation) then
         raise notice using message = format('%s keeps the vectors that it may have already', s.label),
             hint = format('If they are not of model %s: update %s set %s = null', s.model, s.name, s.target);
@@ -331,8 +344,8 @@ begin
     if model is not null then
         select * into m from autoembed.model(change.model);
     end if;
-    -- The strongest lock that is needed comes first: to ask for a stronger one later is to wait for writers that wait for
-    -- this one.
+    -- The strongest lock that is needed comes first: to ask for a stronger one later is to wait for writers that wait
+    -- for this one.
     execute format('lock table %s in access exclusive mode', relation);
     declared := autoembed.find(relation, target);
     perform autoembed.check_owner(relation);
@@ -363,7 +376,8 @@ end
 $$;
 
 comment on function embed_column_set(regclass, name, text, text, boolean, text, boolean, boolean, text) is
-    'change mode or model, pause (enabled => false) or go on; a new model clears the column, since vectors of two models never mix';
+    'Changes a column''s mode, model, template or writes, pauses it (enabled => false) or lets it go on. A new '
+    'model or template clears the column, since vectors of two never mix.';
 
 -- search_path stays the session's: the table's own triggers fire here
 create function autoembed.clear(registration bigint) returns void
@@ -401,4 +415,5 @@ begin
 end
 $$;
 
-comment on function embed_column_drop(regclass, name) is 'stop embedding a column: vectors stay; triggers, pending index and state go';
+comment on function embed_column_drop(regclass, name) is
+    'Stops the embedding of a column. Its vectors stay; triggers, pending index and state go.';

@@ -207,7 +207,8 @@ declare
 begin
     if wanted::text collate "C" <= last collate "C" then
         if octet_length(last) > 58 then
-            perform autoembed.refuse(r.relation, format('no trigger can fire after %I', last), 'Give that trigger a shorter name.');
+            perform autoembed.refuse(r.relation, format('no trigger can fire after %I', last),
+                'Give that trigger a shorter name.');
         end if;
         wanted := autoembed.free_trigger_name(r.relation, last || '~');
     end if;

@@ -1,7 +1,8 @@
 -- The partial index that holds the pending rows in key order.
 
 -- A name that no relation has, and none of those that are about to be made either.
-create function autoembed.free_index_name(relation oid, target name, purpose text, taken text[] default '{}') returns name
+create function autoembed.free_index_name(relation oid, target name, purpose text, taken text[] default '{}')
+    returns name
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     home name;
@@ -12,7 +13,8 @@ begin
     select s.nspname, autoembed.cut(c.relname, 29) || '_' || autoembed.cut(target, 20) || '_' || purpose into home, stem
     from pg_class c join pg_namespace s on s.oid = c.relnamespace where c.oid = relation;
     candidate := stem;
-    while to_regclass(format('%I.%I', home, candidate)) is not null or format('%I.%I', home, candidate) = any (taken) loop
+    while to_regclass(format('%I.%I', home, candidate)) is not null
+        or format('%I.%I', home, candidate) = any (taken) loop
         n := n + 1;
         candidate := stem || n;
     end loop;
@@ -27,7 +29,8 @@ language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
     s autoembed.column_sql := autoembed.column_sql_of(registration);
     target name := autoembed.target_name(registration);
-    place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace where c.oid = s.relation);
+    place name := (select n.nspname from pg_class c join pg_namespace n on n.oid = c.relnamespace
+        where c.oid = s.relation);
     index name;
 begin
     if autoembed.has_pending_index(s.relation, s.target_number) then
@@ -65,7 +68,8 @@ begin atomic
         where pg_get_indexdef(p, 1, false) = (
                 select format('LEAST(%I)', c.name) from autoembed.key_columns(relation) c where c.position = 0)
           and (i.indkey::smallint[])[1 : i.indnkeyatts - 1] = (
-                select (k.indkey::smallint[])[1 : k.indnkeyatts - 1] from pg_catalog.pg_index k where k.indexrelid = autoembed.key_index(relation)));
+                select (k.indkey::smallint[])[1 : k.indnkeyatts - 1] from pg_catalog.pg_index k
+                    where k.indexrelid = autoembed.key_index(relation)));
 end;
 
 -- What a REINDEX CONCURRENTLY that was broken off has left of a pending index (..._ccnew, ..._ccold), on the relation

@@ -36,14 +36,15 @@ begin
     end if;
     perform autoembed.register(jsonb_build_object(
         'relation', relation, 'target', target, 'sources', sources, 'model', arguments[2], 'fingerprint', arguments[3],
-        'mode', arguments[4], 'enabled', arguments[5]::boolean, 'options', arguments[6]::jsonb, 'row_trigger', trigger));
+        'mode', arguments[4], 'enabled', arguments[5]::boolean, 'options', arguments[6]::jsonb, 'row_trigger',
+            trigger));
 end
 $$;
 
 -- Security definer: registrations must follow their tables whoever renames or restores them. It runs no user's code: it
--- reads catalogs and makes triggers. Every ALTER TABLE of the database comes by, so it looks first whether a relation is
--- declared; and jit is off because the caller's planner settings hold here as well, and what is switched off counts as
--- expensive.
+-- reads catalogs and makes triggers. Every ALTER TABLE of the database comes by, so it looks first whether a relation
+-- is declared; and jit is off because the caller's planner settings hold here as well, and what is switched off counts
+-- as expensive.
 create function autoembed.on_ddl() returns event_trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
@@ -66,7 +67,8 @@ begin
                          join pg_type y on u in (y.oid, y.typrelid) join pg_class c on c.reloftype = y.oid);
         touched := altered;
     end if;
-    touched := array(select u from unnest(touched) u union all select p.relid from unnest(touched) u, pg_partition_ancestors(u) p);
+    touched := array(select u from unnest(touched) u union all select p.relid from unnest(touched) u,
+        pg_partition_ancestors(u) p);
     if triggers is null and not exists (select from autoembed.registration r where r.relation = any (touched)) then
         return;
     end if;
@@ -79,8 +81,8 @@ begin
     loop
         perform autoembed.adopt(trigger.oid);
     end loop;
-    -- A column of the key may have another name now. Of a partition's ALTER TABLE nothing reaches the registration: with
-    -- a row written there, two partitions could not be altered at once.
+    -- A column of the key may have another name now. Of a partition's ALTER TABLE nothing reaches the registration:
+    -- with a row written there, two partitions could not be altered at once.
     update autoembed.registration r set generation = r.generation + 1 where r.relation = any (altered);
     for id in
         with near as materialized (select r from autoembed.registration r where r.relation = any (touched))
@@ -94,7 +96,8 @@ begin
     for trigger in
         with near as materialized (
             select autoembed.row_trigger(r) as oid from autoembed.registration r where r.relation = any (touched))
-        select t.tgname, t.tgrelid from near n join pg_trigger t on n.oid in (t.oid, t.tgparentid) where t.tgenabled = 'O'
+        select t.tgname, t.tgrelid from near n join pg_trigger t on n.oid in (t.oid, t.tgparentid)
+            where t.tgenabled = 'O'
     loop
         execute format('alter table %s enable always trigger %I', trigger.tgrelid::regclass, trigger.tgname);
     end loop;
@@ -133,7 +136,8 @@ create function autoembed.on_drop() returns event_trigger
 language plpgsql security definer set search_path = pg_catalog, pg_temp set jit = off as $$
 declare
     touched oid[] := array(
-        select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1], d.address_names[2]))::oid
+        select case d.object_type when 'trigger' then to_regclass(format('%I.%I', d.address_names[1],
+            d.address_names[2]))::oid
                else d.objid end
         from pg_event_trigger_dropped_objects() d where d.object_type in ('table', 'table column', 'trigger'));
     r record;
@@ -153,7 +157,8 @@ begin
         returning g.*, (autoembed.arguments_of(g.row_trigger))[1] as target_name
     loop
         continue when not exists (select from pg_class c where c.oid = r.relation);
-        perform autoembed.drop_triggers(r.relation, r.row_trigger, coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
+        perform autoembed.drop_triggers(r.relation, r.row_trigger,
+            coalesce(r.target_name, autoembed.column_name(r.relation, r.target)::text)::name);
         perform autoembed.drop_pending_index(r.relation, r.target);
     end loop;
     delete from autoembed.partition p

@@ -1,8 +1,8 @@
 -- Partitions that come and go, seen by the event triggers.
 --
--- PostgreSQL gives a partition its own copy of the row trigger when it comes, and takes it away when it goes. Between the
--- two nothing would clear a vector whose text changes, and no statement trigger is copied at all. So a partition that is
--- detached stays declared, as a table of its own, and loses that declaration again when it is attached.
+-- PostgreSQL gives a partition its own copy of the row trigger when it comes, and takes it away when it goes. Between
+-- the two nothing would clear a vector whose text changes, and no statement trigger is copied at all. So a partition
+-- that is detached stays declared, as a table of its own, and loses that declaration again when it is attached.
 
 -- Brings what is known of a declared table's partitions up to date. The first look is at what a declaration, or a dump
 -- that is being restored, has found or made: nothing is new then.
@@ -16,6 +16,7 @@ begin
         insert into autoembed.partition (registration, relation)
         select r.id, m from autoembed.family(r.relation) m
         where not exists (select from autoembed.partition p where p.registration = r.id and p.relation = m)
+        on conflict do nothing  -- an old snapshot does not see what another session has just taken in
         returning autoembed.partition.relation
     loop
         if not is_first then
@@ -96,8 +97,9 @@ $$;
 create function autoembed.meaning_of(r autoembed.registration) returns jsonb
 language sql stable
 begin atomic
-    select to_jsonb(r) - array['id', 'relation', 'target', 'mode', 'enabled', 'generation', 'row_trigger']
-           || jsonb_build_object('sources', autoembed.column_names((r).relation, (r).sources));
+    select to_jsonb(r) - array['id', 'relation', 'target', 'mode', 'enabled', 'generation', 'row_trigger', 'options']
+           || jsonb_build_object('template', (r).options -> 'template',
+                                 'sources', autoembed.column_names((r).relation, (r).sources));
 end;
 
 create function autoembed.column_number(relation oid, name name) returns smallint
@@ -115,7 +117,8 @@ declare
     is_part boolean;
 begin
     for index, is_part in
-        select p, c.relispartition from autoembed.pending_indexes(own.relation, own.target) p join pg_class c on c.oid = p
+        select p, c.relispartition from autoembed.pending_indexes(own.relation, own.target) p
+            join pg_class c on c.oid = p
     loop
         execute format(case when is_part then 'alter index %s no depends on extension pg_autoembed'
                             else 'drop index %s' end, index);
@@ -133,7 +136,8 @@ begin
         select i.indexrelid from pg_index i
         where i.indrelid = own.relation and i.indpred is not null
           and substring(pg_get_indexdef(i.indexrelid) from ' USING .*') in (
-              select substring(pg_get_indexdef(p) from ' USING .*') from autoembed.pending_indexes(r.relation, r.target) p)
+              select substring(pg_get_indexdef(p) from ' USING .*')
+                  from autoembed.pending_indexes(r.relation, r.target) p)
     loop
         execute format('alter index %s depends on extension pg_autoembed', index::regclass);
     end loop;

@@ -1,7 +1,7 @@
 -- The first transaction of a batch: it finds candidates, locks them, reads them again, and says what is in flight.
 -- Then the encoder runs and holds nothing. embed_pending calls these in order, with a commit after the claim.
 
--- The columns that a call serves: those of the named relation, or of all relations that the caller owns himself;
+-- The columns that a call serves: those of the named relation, or of all relations that the caller itself owns;
 -- the one that has waited longest first, so that a call cut short by max_seconds starves nobody.
 create function autoembed.columns(
     relation oid default null, out registration bigint, out label text, out model text, out fingerprint text,
@@ -57,8 +57,8 @@ begin atomic
                  where u.key not in (select w.key from unnest(without) as w (key)) order by u.n limit wanted);
 end;
 
--- Written so that each key is looked up by key_hash, whatever the statistics: under row-level security a clause with one
--- of jsonb's functions is no index condition, and a join of the two could read all of the registration's failures.
+-- Written so that each key is looked up by key_hash, whatever the statistics: under row-level security a clause with
+-- one of jsonb's functions is no index condition, and a join of the two could read all of the registration's failures.
 create function autoembed.held_keys(registration bigint, keys jsonb[], out held jsonb[], out hashes bytea[])
 language sql volatile
 begin atomic
@@ -71,7 +71,8 @@ begin atomic
                 and (x.next_try is null or x.next_try > clock_timestamp() or x.kind = 'crashed')
               offset 0) f
           union all
-          select f.key, f.hash from autoembed.suspect f where f.registration = held_keys.registration and f.key = any (keys)) f;
+          select f.key, f.hash from autoembed.suspect f where f.registration = held_keys.registration
+              and f.key = any (keys)) f;
 end;
 
 -- Of these keys, those whose text of today has failed and is not to be tried yet, or is a suspect.
@@ -117,8 +118,10 @@ begin
     loop
         found := autoembed.open_scan(pg_catalog.format(
             'select pg_catalog.array_agg(c.key order by c.n)
-             from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s order by %s limit $2) c',
-            s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end, s.ordering),
+             from (select %s as key, pg_catalog.row_number() over () as n from %s t where %s %s
+                 order by %s limit $2) c',
+            s.key, s.rows, s.pending, case when after is not null then pg_catalog.format('and %s', s.beyond) end,
+                s.ordering),
             after, scan);
         fetch found into keys;
         close found;
@@ -146,11 +149,13 @@ end
 $$;
 
 -- Without ownership no state is written: a role with UPDATE alone could otherwise hold back others' rows.
-create function autoembed.record_inflight(s autoembed.column_sql, inflight bigint, alone boolean, keys jsonb[], hashes bytea[]) returns void
+create function autoembed.record_inflight(s autoembed.column_sql, inflight bigint, alone boolean, keys jsonb[],
+    hashes bytea[]) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     perform autoembed.request(s.registration, 'record inflight', jsonb_build_object(
-        'id', inflight, 'alone', alone, 'keys', keys, 'hashes', array(select encode(u.hash, 'hex') from unnest(hashes) as u (hash))));
+        'id', inflight, 'alone', alone, 'keys', keys, 'hashes',
+            array(select encode(u.hash, 'hex') from unnest(hashes) as u (hash))));
     -- lost with the crash that it must outlive, the row would blame nobody and the server would crash again
     if current_setting('synchronous_commit') = 'off' then
         perform set_config('synchronous_commit', 'local', true);
@@ -162,8 +167,10 @@ create function autoembed.write_inflight(registration bigint, flight jsonb) retu
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
     insert into autoembed.inflight (id, registration, cluster, alone, keys, hashes)
-    values ((flight ->> 'id')::bigint, registration, autoembed.cluster(), (flight ->> 'alone')::boolean, autoembed.elements(flight -> 'keys'),
-            array(select decode(u.hash, 'hex') from jsonb_array_elements_text(flight -> 'hashes') with ordinality as u (hash, n) order by u.n));
+    values ((flight ->> 'id')::bigint, registration, autoembed.cluster(), (flight ->> 'alone')::boolean,
+        autoembed.elements(flight -> 'keys'),
+            array(select decode(u.hash, 'hex')
+                from jsonb_array_elements_text(flight -> 'hashes') with ordinality as u (hash, n) order by u.n));
     insert into autoembed.inflight_twin values (registration, (flight ->> 'id')::bigint);
 end
 $$;

@@ -3,7 +3,8 @@
 create function autoembed.recover(registration bigint) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    if exists (select from autoembed.inflight i where i.registration = recover.registration) or autoembed.is_crash_due(registration) then
+    if exists (select from autoembed.inflight i where i.registration = recover.registration)
+        or autoembed.is_crash_due(registration) then
         perform autoembed.request(registration, 'recover');
     end if;
 end
@@ -90,12 +91,13 @@ begin
 end
 $$;
 
--- null for a caller without ownership, too: row-level security shows him none
+-- Null for a caller without ownership, too: row-level security shows it none.
 create function autoembed.first_suspect(registration bigint, after jsonb) returns jsonb
 language sql volatile
 begin atomic
     select f.key from autoembed.suspect f join autoembed.registration r on r.id = f.registration
-    where f.registration = first_suspect.registration and autoembed.owns(r.relation) and (after is null or f.key > after)
+    where f.registration = first_suspect.registration and autoembed.owns(r.relation)
+        and (after is null or f.key > after)
     order by f.key
     limit 1;
 end;
@@ -113,7 +115,8 @@ begin
         return;
     end if;
     execute pg_catalog.format(
-        'select pg_catalog.jsonb_agg(d.key) from autoembed.suspect d where d.registration operator(pg_catalog.=) $1 and not exists (
+        'select pg_catalog.jsonb_agg(d.key) from autoembed.suspect d where d.registration operator(pg_catalog.=) $1
+            and not exists (
              select from %s t where %s and %s and autoembed.hash(%s) operator(pg_catalog.=) d.hash)',
         s.rows, s.matching, s.pending, s.content) into innocent using s.registration;
     if innocent is not null then
@@ -132,6 +135,7 @@ $$;
 create function autoembed.drop_suspects(registration bigint, keys jsonb) returns void
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
-    delete from autoembed.suspect f where f.registration = drop_suspects.registration and f.key = any (autoembed.elements(keys));
+    delete from autoembed.suspect f where f.registration = drop_suspects.registration
+        and f.key = any (autoembed.elements(keys));
 end
 $$;

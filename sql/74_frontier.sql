@@ -30,7 +30,8 @@ begin
     if not held and autoembed.has_many_dead_rows(s.relation) then
         key := last;
     end if;
-    perform autoembed.request(s.registration, 'set frontier', jsonb_build_object('key', key, 'beyond', s.beyond, 'held', held));
+    perform autoembed.request(s.registration, 'set frontier',
+        jsonb_build_object('key', key, 'beyond', s.beyond, 'held', held));
 end
 $$;
 
@@ -40,8 +41,10 @@ begin
     if jsonb_typeof(frontier -> 'key') = 'null' then
         delete from autoembed.frontier f where f.registration = write_frontier.registration;
     else
-        insert into autoembed.frontier as f values (registration, frontier -> 'key', frontier ->> 'beyond', (frontier ->> 'held')::boolean)
-        on conflict on constraint frontier_pkey do update set key = excluded.key, beyond = excluded.beyond, held = excluded.held
+        insert into autoembed.frontier as f values (registration, frontier -> 'key', frontier ->> 'beyond',
+            (frontier ->> 'held')::boolean)
+        on conflict on constraint frontier_pkey do update set key = excluded.key, beyond = excluded.beyond,
+            held = excluded.held
         where (f.key, f.beyond, f.held) is distinct from (excluded.key, excluded.beyond, excluded.held);
     end if;
 end

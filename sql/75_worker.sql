@@ -39,9 +39,12 @@ begin
             case when autoembed.holds_back(s.registration) then
                 'and not exists (
                      select from autoembed.failure f
-                     where f.registration operator(pg_catalog.=) $2 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
-                       and f.key operator(pg_catalog.=) c.key and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
-                       and (f.next_try is null or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end),
+                     where f.registration operator(pg_catalog.=) $2
+                         and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
+                       and f.key operator(pg_catalog.=) c.key
+                           and f.hash operator(pg_catalog.=) autoembed.hash(c.content)
+                       and (f.next_try is null
+                           or f.next_try operator(pg_catalog.>) pg_catalog.clock_timestamp()))' end),
             after, s.registration, beyond);
         fetch found into due;
         close found;
@@ -62,7 +65,8 @@ end;
 create function autoembed.is_newer(writer xid, snapshot text) returns boolean
 language sql stable
 begin atomic
-    select not pg_visible_in_snapshot(greatest(n.next - (n.next - writer::text::bigint + 4294967296) % 4294967296, 3)::text::xid8, snapshot::pg_snapshot)
+    select not pg_visible_in_snapshot(greatest(n.next - (n.next - writer::text::bigint + 4294967296) % 4294967296,
+        3)::text::xid8, snapshot::pg_snapshot)
     from (select pg_snapshot_xmax(pg_current_snapshot())::text::bigint as next) n;
 end;
 
@@ -78,7 +82,8 @@ end;
 create function autoembed.places(role oid, workers integer) returns bigint[]
 language sql immutable
 begin atomic
-    select array(select hashtextextended(format('autoembed worker %s %s', role, n), 0) from generate_series(1, workers) n);
+    select array(select hashtextextended(format('autoembed worker %s %s', role, n), 0)
+        from generate_series(1, workers) n);
 end;
 
 create function autoembed.own_places(workers integer) returns bigint[]
@@ -114,7 +119,8 @@ end;
 
 create procedure autoembed.fill_on(
     batch integer, max_seconds integer, workers integer,
-    inout embedded bigint, inout failed bigint, inout skipped bigint, inout cached bigint, inout refusal autoembed.refusal)
+    inout embedded bigint, inout failed bigint, inout skipped bigint, inout cached bigint,
+        inout refusal autoembed.refusal)
 language plpython3u as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].fill_on(batch, max_seconds, workers)
@@ -134,7 +140,8 @@ end
 $$;
 
 comment on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint) is
-    'fill what is pending in all that the caller owns, and go on doing so for max_seconds (null: until cancelled); not more than `workers` of a role at once';
+    'Fills what is pending in all that the caller owns, and goes on doing so for max_seconds (null: until it is '
+    'cancelled). At most `workers` of a role are at work at once.';
 
 -- Is anything left of the relation that will be tried, now or after a back-off; and how many rows have failed for good.
 create function autoembed.outstanding(relation oid, out pending boolean, out failed bigint)
@@ -144,13 +151,15 @@ declare
     found record;
 begin
     perform autoembed.authorize(relation);
-    if not exists (select from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation) then
+    if not exists (select from autoembed.registration r
+        where r.relation operator(pg_catalog.=) outstanding.relation) then
         perform autoembed.columns(relation);  -- says so
     end if;
     perform autoembed.check_key(relation);
     pending := false;
     failed := 0;
-    for number in select r.id from autoembed.registration r where r.relation operator(pg_catalog.=) outstanding.relation loop
+    for number in select r.id from autoembed.registration r
+        where r.relation operator(pg_catalog.=) outstanding.relation loop
         select * into found from autoembed.left_over(autoembed.lock_column(autoembed.column_sql_of(number)));
         pending := pending or found.untried or (found.waiting operator(pg_catalog.>) 0);
         failed := failed operator(pg_catalog.+) found.failed;
@@ -158,8 +167,8 @@ begin
 end
 $$;
 
--- One column's: is there a row that could be tried now, how many wait for another try, until when, how many have failed.
--- Reads one row more than are held back, so it takes no longer with a million rows pending.
+-- One column's: is there a row that could be tried now, how many wait for another try, until when, how many have
+-- failed. Reads one row more than are held back, so it takes no longer with a million rows pending.
 create function autoembed.left_over(
     s autoembed.column_sql, out untried boolean, out waiting bigint, out next_try timestamptz, out failed bigint)
 language plpgsql volatile as $$
@@ -184,7 +193,8 @@ begin
         return;
     end if;
     held := autoembed.held_back(s, keys);
-    select h.waiting, h.next_try, h.failed into waiting, next_try, failed from autoembed.held_rows(s.registration, held) h;
+    select h.waiting, h.next_try, h.failed into waiting, next_try, failed
+        from autoembed.held_rows(s.registration, held) h;
     untried := pg_catalog.cardinality(keys) operator(pg_catalog.>) (waiting operator(pg_catalog.+) failed);
 end
 $$;
@@ -195,14 +205,16 @@ begin atomic
     select count(*) from (select from autoembed.failure f where f.registration = held_count.registration limit 10000) h;
 end;
 
-create function autoembed.held_rows(registration bigint, keys jsonb[], out waiting bigint, out next_try timestamptz, out failed bigint)
+create function autoembed.held_rows(registration bigint, keys jsonb[], out waiting bigint, out next_try timestamptz,
+    out failed bigint)
 language sql volatile
 begin atomic
     select count(f.next_try), min(f.next_try), count(*) - count(f.next_try) from autoembed.failure f
     where f.registration = held_rows.registration and f.key = any (keys);
 end;
 
-create procedure autoembed.wait_for(relation oid, label text, timeout interval, seconds double precision, inout refusal autoembed.refusal)
+create procedure autoembed.wait_for(relation oid, label text, timeout interval, seconds double precision,
+    inout refusal autoembed.refusal)
 language plpython3u as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].wait_for(relation, label, timeout, seconds)
@@ -213,10 +225,12 @@ language plpgsql as $$
 declare
     refusal autoembed.refusal;
 begin
-    call autoembed.wait_for(relation, relation::pg_catalog.text, timeout, extract(epoch from timeout)::pg_catalog.float8, refusal);
+    call autoembed.wait_for(relation, relation::pg_catalog.text, timeout,
+        extract(epoch from timeout)::pg_catalog.float8, refusal);
     perform autoembed.accepted(refusal);
 end
 $$;
 
 comment on procedure embed_wait(regclass, interval) is
-    'return once no row of the relation is pending or failing; an error when time is up, or when rows have failed for good';
+    'Returns once no row of the relation is pending or failing. It raises an error when time is up, or when rows '
+    'have failed for good.';

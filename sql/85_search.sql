@@ -129,7 +129,8 @@ end
 $$;
 
 comment on function embed_index(regclass, name, integer, integer, boolean) is
-    'make the hnsw index (cosine); with concurrent => true only return the statements, to be run outside a transaction';
+    'Makes the HNSW index (cosine). With concurrent => true it only returns the statements, to be run outside a '
+    'transaction.';
 
 -- How a column, or an array column's elements, are compared with a value of the filter: both brought to the type that
 -- the column's own btree order works on, by that order's equality: found by name, the operator could be anybody's.
@@ -246,8 +247,9 @@ begin atomic
     from unnest(s.key_names) with ordinality as u (name, n);
 end;
 
--- The k nearest rows. An index scan may miss some of them in silence: rows in lists that it does not probe, or rows that
--- come after all those that a filter takes away, up to pgvector's own limits. `surely` then reads the table as well.
+-- The k nearest rows. An index scan may miss some of them in silence: rows in lists that it does not probe, or rows
+-- that come after all those that a filter takes away, up to pgvector's own limits. `surely` then reads the table as
+-- well.
 create function autoembed.search_statement(s autoembed.column_sql, filter jsonb, surely boolean) returns text
 language sql stable
 begin atomic
@@ -337,7 +339,7 @@ begin
     if (select m.fingerprint from autoembed.model(s.model) m) <> s.fingerprint then
         raise exception using errcode = 'object_not_in_prerequisite_state',
             message = format('model %s is not the one that %s was filled with', s.model, s.label),
-            hint = format('Restore the model''s files, or call embed_column_set(…, model => %L), which clears the column to fill it again.', s.model);
+            hint = format('Restore the model''s files, or call embed_column_set(..., model => %L), which clears the column to fill it again.', s.model);
     end if;
 end
 $$;
@@ -386,4 +388,5 @@ end
 $$;
 
 comment on function embed_search(regclass, text, integer, name, jsonb) is
-    'the k rows nearest to the query (cosine distance), nearest first; filter is {"column": value, …}';
+    'Returns the k rows nearest to the query (cosine distance), the nearest first. filter is {"column": value, '
+    '...}.';

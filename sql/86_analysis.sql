@@ -26,7 +26,8 @@ end
 $$;
 
 comment on function embed_search(regclass, text[], integer, name, jsonb) is
-    'for each of the queries the k rows nearest to it, nearest first; the queries are encoded in one pass';
+    'Returns for each of the queries the k rows nearest to it, the nearest first. The queries are encoded in one '
+    'pass.';
 
 -- The vector of the row with this key, an object of all key columns; and the key as searches return it.
 create function autoembed.vector_of(s autoembed.column_sql, wanted jsonb, out vector text, out own_key jsonb)
@@ -83,7 +84,8 @@ end
 $$;
 
 comment on function embed_similar(regclass, jsonb, integer, name, jsonb) is
-    'the k rows nearest to the row with this key ({"column": value, ...}), nearest first, without that row';
+    'Returns the k rows nearest to the row with this key ({"column": value, ...}), the nearest first, without that '
+    'row.';
 
 create function embed_duplicates(
     relation regclass, within double precision default 0.02, target name default 'embedding',
@@ -114,7 +116,8 @@ end
 $$;
 
 comment on function embed_duplicates(regclass, double precision, name) is
-    'pairs of rows whose vectors are at most this cosine distance apart, by way of the index: each row and its 20 nearest';
+    'Returns the pairs of rows whose vectors are at most this cosine distance apart. It looks at each row''s 20 '
+    'nearest, by the index.';
 
 -- Each pair once, whichever of the two finds the other; of two keys the lesser comes first.
 create function autoembed.duplicates_statement(s autoembed.column_sql) returns text

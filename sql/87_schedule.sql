@@ -41,11 +41,13 @@ declare
     found pg_catalog.bool;
 begin
     if rows is null or target is null or not autoembed.lock_relation(rows, mode)
-        or not autoembed.is_own(r.relation) or rows operator(pg_catalog.<>) autoembed.rows_of(r.relation) or not autoembed.is_sound(r) then
+        or not autoembed.is_own(r.relation) or rows operator(pg_catalog.<>) autoembed.rows_of(r.relation)
+            or not autoembed.is_sound(r) then
         return false;
     end if;
     execute pg_catalog.format('select exists (select from %s t where %s order by t.%I is null limit 1)', rows,
-                              autoembed.pending_condition('t.', target, autoembed.column_names(r.relation, r.sources)), target) into found;
+                              autoembed.pending_condition('t.', target, autoembed.column_names(r.relation, r.sources)),
+                                  target) into found;
     return found;
 end
 $$;
@@ -71,34 +73,41 @@ end;
 create function autoembed.ask_cron(query text) returns setof text
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 declare
-    dblink text := (select format('%I.dblink', n.nspname) from pg_extension e join pg_namespace n on n.oid = e.extnamespace where e.extname = 'dblink');
+    dblink text := (select format('%I.dblink', n.nspname) from pg_extension e
+        join pg_namespace n on n.oid = e.extnamespace where e.extname = 'dblink');
     cron_database text := autoembed.cron_setting('database_name');
 begin
     if autoembed.has_cron() then
         begin
             return query execute query;
         exception when invalid_parameter_value then
-            raise exception using errcode = 'invalid_parameter_value', message = sqlerrm, hint = autoembed.schedule_forms();
+            raise exception using errcode = 'invalid_parameter_value', message = sqlerrm,
+                hint = autoembed.schedule_forms();
         end;
     elsif cron_database is null then
         raise exception using errcode = 'feature_not_supported', message = 'pg_cron is not loaded in this server',
             hint = format('Install it (Debian: postgresql-%s-cron), add pg_cron to shared_preload_libraries, set cron.database_name and restart; '
-                          'or keep CALL embed_worker() running some other way.', current_setting('server_version_num')::integer / 10000);
+                          'or keep CALL embed_worker() running some other way.',
+                              current_setting('server_version_num')::integer / 10000);
     elsif cron_database = current_database() then
         raise exception using errcode = 'undefined_object', message = 'the extension pg_cron is not in this database',
             hint = 'A superuser runs CREATE EXTENSION pg_cron here; then GRANT USAGE ON SCHEMA cron to those who schedule.';
     else
         begin
             return query execute format('select * from %s($1, $2) as (answer text)', dblink)
-                using format('host=%s port=%s dbname=%s user=%s', autoembed.connection_value(split_part(autoembed.socket_directory(), ',', 1)),
-                             current_setting('port'), autoembed.connection_value(cron_database), autoembed.connection_value(current_user)), query;
+                using format('host=%s port=%s dbname=%s user=%s',
+                    autoembed.connection_value(split_part(autoembed.socket_directory(), ',', 1)),
+                             current_setting('port'), autoembed.connection_value(cron_database),
+                                 autoembed.connection_value(current_user)), query;
         exception when others then
             if sqlerrm ~ '^(canceling|terminating)' then raise; end if;
             raise exception using errcode = 'object_not_in_prerequisite_state',
                 message = format('pg_cron keeps its jobs in database %s, which cannot be reached from here%s',
-                                 coalesce(nullif(cron_database, ''), 'cron.database_name'), ' as ' || current_user || ' by ' || dblink),
+                                 coalesce(nullif(cron_database, ''), 'cron.database_name'),
+                                     ' as ' || current_user || ' by ' || dblink),
                 detail = format('The statement for that database is: %s', query),
-                hint = case when dblink is null then 'CREATE EXTENSION dblink here, or run the statement there as a superuser.'
+                hint = case when dblink is null
+                    then 'CREATE EXTENSION dblink here, or run the statement there as a superuser.'
                             else 'Run the statement there as a superuser.' end;
         end;
     end if;
@@ -163,8 +172,8 @@ begin atomic
     select format('pg_autoembed %s %s', current_database(), number);
 end;
 
--- Everything qualified, all arguments named and of their very types: anybody may put an embed_pending(int) of his own on
--- a path, and where the schema lets him an embed_worker whose totals are integers, which fit a plain 0 better.
+-- Everything qualified, all arguments named and of their very types: any role may put an embed_pending(int) of its
+-- own on a path, and where the schema lets it an embed_worker whose totals are integers, which fit a plain 0 better.
 create function autoembed.job_call(schedule text, batch integer, workers integer) returns text
 language sql stable
 begin atomic
@@ -174,8 +183,8 @@ begin atomic
         else format('call autoembed.tick(batch => %s)', coalesce(batch::text, 'null')) end;
 end;
 
--- DROP EXTENSION knows nothing of jobs, and no event trigger of an extension sees it go: so a job looks whether there is
--- still something to call, and removes itself where there is not.
+-- DROP EXTENSION knows nothing of jobs, and no event trigger of an extension sees it go: so a job looks whether there
+-- is still something to call, and removes itself where there is not.
 create function autoembed.job_command(schedule text, batch integer, workers integer, number integer) returns text
 language sql stable
 begin atomic
@@ -183,7 +192,8 @@ begin atomic
         'declare n pg_catalog.int8 := 0; begin if exists (select from pg_catalog.pg_extension where extname operator(pg_catalog.=) %L) then %s; else %s; end if; end',
         'pg_autoembed', autoembed.job_call(schedule, batch, workers),
         case when autoembed.has_cron() then format('perform cron.unschedule(%L)', autoembed.job_name(number))
-             else format('raise exception using message = %L, hint = %L', 'pg_autoembed is not in this database any more',
+             else format('raise exception using message = %L, hint = %L',
+                 'pg_autoembed is not in this database any more',
                          format('Where pg_cron keeps its jobs: select cron.unschedule(jobid) from cron.job where jobname = %L', autoembed.job_name(number))) end));
 end;
 
@@ -194,25 +204,30 @@ begin
         raise exception using errcode = 'invalid_parameter_value', message = format('batch is %s', batch),
             hint = 'batch is 1 to 512, or null for EMBEDDING_BATCH_SIZE.';
     elsif workers is null or workers not between 1 and 64 then
-        raise exception using errcode = 'invalid_parameter_value', message = format('workers is %s', coalesce(workers::text, 'null')), hint = 'workers is 1 to 64.';
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('workers is %s', coalesce(workers::text, 'null')), hint = 'workers is 1 to 64.';
     elsif autoembed.is_schedule(schedule) is not true then
-        raise exception using errcode = 'invalid_parameter_value', message = format('invalid schedule: %s', coalesce(schedule, 'null')),
+        raise exception using errcode = 'invalid_parameter_value',
+            message = format('invalid schedule: %s', coalesce(schedule, 'null')),
             hint = autoembed.schedule_forms();
     elsif autoembed.has_cron() and not has_schema_privilege('cron', 'usage') then
-        raise exception using errcode = 'insufficient_privilege', message = 'permission denied to schedule jobs with pg_cron',
+        raise exception using errcode = 'insufficient_privilege',
+            message = 'permission denied to schedule jobs with pg_cron',
             hint = format('A superuser runs: GRANT USAGE ON SCHEMA cron TO %I', current_user);
     elsif autoembed.cron_setting('use_background_workers') = 'off' then
-        raise warning using message = 'pg_cron will connect to localhost for each job, and pg_hba.conf must let it in without a password',
+        raise warning
+            using message = 'pg_cron will connect to localhost for each job, and pg_hba.conf must let it in without a password',
             hint = 'Set cron.use_background_workers = on and restart: then it needs no connection.';
     end if;
 end
 $$;
 
--- A superuser schedules for every owner of a declared column, anyone else for himself: filling runs as the owner.
+-- A superuser schedules for every owner of a declared column, any other role for itself: filling runs as the owner.
 create function autoembed.scheduled_roles() returns setof name
 language sql stable
 begin atomic
-    select current_user where not exists (select from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation)
+    select current_user where not exists (select from autoembed.registration r
+        join pg_catalog.pg_class c on c.oid = r.relation)
         or not (select u.rolsuper from pg_catalog.pg_roles u where u.rolname = current_user)
     union
     select o.rolname from autoembed.registration r
@@ -261,7 +276,8 @@ begin
     job_schedule := autoembed.job_schedule(schedule);
     for role in select * from autoembed.scheduled_roles() loop
         if not (select u.rolcanlogin from pg_roles u where u.rolname = role) then
-            raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail', role), hint = format('ALTER ROLE %I LOGIN', role);
+            raise warning using message = format('no job for role %I: it may not log in, and its jobs would fail',
+                role), hint = format('ALTER ROLE %I LOGIN', role);
             continue;
         end if;
         perform autoembed.warn_of_missing_grants(role, schedule);
@@ -276,14 +292,16 @@ end
 $$;
 
 comment on function embed_schedule(text, integer, integer) is
-    'fill by pg_cron from now on, as the caller, or as each owner where a superuser calls; again with other arguments to change it';
+    'Has pg_cron fill from now on, as the caller, or as each owner where a superuser calls. Other arguments change '
+    'the jobs.';
 
 create function autoembed.schedule_query(number integer, schedule text, command text, role name) returns text
 language sql stable
 begin atomic
     select case when role = current_user and autoembed.has_cron()
         then format('select cron.schedule(%L, %L, %L)::text', autoembed.job_name(number), schedule, command)
-        else format('select cron.schedule_in_database(%L, %L, %L, %L, %L)::text', autoembed.job_name(number), schedule, command, current_database(), role) end;
+        else format('select cron.schedule_in_database(%L, %L, %L, %L, %L)::text', autoembed.job_name(number), schedule,
+            command, current_database(), role) end;
 end;
 
 -- condition over cron.job j: a job of this database beyond that number
@@ -311,4 +329,6 @@ begin
 end
 $$;
 
-comment on function embed_unschedule() is 'remove the jobs of embed_schedule, the caller''s own, or all where a superuser calls; how many';
+comment on function embed_unschedule() is
+    'Removes the jobs of embed_schedule, the caller''s own, or all where a superuser calls, and returns how many '
+    'there were.';

@@ -12,7 +12,8 @@ begin atomic
     select m.name from autoembed.load_model(model) m where autoembed.accepted(m.refusal);
 end;
 
-comment on function embed_load(text) is 'load a model into this session, so that its first embedding is quick; the model''s name';
+comment on function embed_load(text) is
+    'Loads a model into this session, so that its first embedding is quick, and returns the model''s name.';
 
 create function autoembed.unload_models(out count integer, out refusal autoembed.refusal)
 language plpython3u volatile parallel unsafe as $$
@@ -26,9 +27,10 @@ begin atomic
     select u.count from autoembed.unload_models() u where autoembed.accepted(u.refusal);
 end;
 
-comment on function embed_unload() is 'free the models that this session has loaded; how many';
+comment on function embed_unload() is
+    'Frees the models that this session has loaded, and returns how many there were.';
 
--- whose sessions' models the current user sees: his own roles', or all
+-- Whose sessions' models the current user sees: those of its own roles, or all.
 create function autoembed.visible_pids() returns setof integer
 language sql stable
 begin atomic

@@ -31,8 +31,10 @@ select r.relation::regclass as relation, autoembed.column_names(r.relation, r.so
             when h.hindrance is not null then h.hindrance
             when m.name is null then 'model missing: add it with `autoembed model add`'
             when m.status <> 'ready' then 'model ' || m.status
-            when m.fingerprint <> r.fingerprint then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
-            when m.dimensions <> a.atttypmod then format('the column has %s dimensions, the model %s', a.atttypmod, m.dimensions)
+            when m.fingerprint <> r.fingerprint
+                then 'model changed: call embed_column_set with model => ' || quote_literal(r.model)
+            when m.dimensions <> a.atttypmod then format('the column has %s dimensions, the model %s', a.atttypmod,
+                m.dimensions)
             else 'ready' end as status,
        autoembed.indexes_of(r.relation, r.target) as indexes
 from autoembed.registration r
@@ -49,10 +51,13 @@ begin atomic
                when c.status <> 'ready' then format('is not filled (%s)', c.status)
                when l.untried then 'has rows that were not tried yet'
                else format(case l.waiting when 1 then 'has %s row that failed and is tried again, in %s s'
-                                          else 'has %s rows that failed and are tried again, the next in %s s' end, l.waiting,
-                           greatest(0, round(extract(epoch from l.next_try - clock_timestamp())))) end), '; ' order by c.target)
+                                          else 'has %s rows that failed and are tried again, the next in %s s' end,
+                                              l.waiting,
+                           greatest(0, round(extract(epoch from l.next_try - clock_timestamp())))) end), '; '
+                               order by c.target)
     from autoembed.registration r
-    join @extschema@.embedding_columns c on c.relation = r.relation::regclass and c.target = autoembed.column_name(r.relation, r.target)
+    join @extschema@.embedding_columns c on c.relation = r.relation::regclass
+        and c.target = autoembed.column_name(r.relation, r.target)
     cross join lateral autoembed.left_over(autoembed.column_sql_of(r.id)) l
     where r.relation = why_left.relation and (l.untried or l.waiting > 0);
 end;
@@ -152,7 +157,7 @@ begin atomic
 end;
 
 -- Of others' tables what the statistics say, whoever looks: planning a query over a table can already run its owner's
--- code (an index on a constant expression) with the reader's rights, and any tenant can add his table to this view.
+-- code (an index on a constant expression) with the reader's rights, and any tenant can add a table to this view.
 create function autoembed.counts(
     r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint,
     out exact boolean, out margin double precision)
@@ -179,7 +184,8 @@ end;
 create function autoembed.known_pending(relation oid, target smallint) returns bigint
 language sql volatile
 begin atomic
-    select case when bool_and(t.reltuples >= 0 or pg_relation_size(t.oid) = 0) then sum(greatest(c.reltuples, 0))::bigint end
+    select case when bool_and(t.reltuples >= 0 or pg_relation_size(t.oid) = 0)
+        then sum(greatest(c.reltuples, 0))::bigint end
     from autoembed.pending_indexes(relation, target) p
     cross join lateral autoembed.family(p) l (oid)
     join pg_catalog.pg_class c on c.oid = l.oid and c.relkind <> 'I'
@@ -188,11 +194,14 @@ begin atomic
 end;
 
 create function autoembed.known_counts(
-    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint, out exact boolean)
+    r autoembed.registration, out total bigint, out embedded bigint, out pending bigint, out blank bigint,
+        out exact boolean)
 language sql volatile
 begin atomic
-    select k.total, case k.total < k.pending when true then 0 when false then k.total - k.pending end, k.pending, null::bigint, false
-    from (select autoembed.known_rows((r).relation) as total, autoembed.known_pending((r).relation, (r).target) as pending) k;
+    select k.total, case k.total < k.pending when true then 0 when false then k.total - k.pending end, k.pending,
+        null::bigint, false
+    from (select autoembed.known_rows((r).relation) as total,
+        autoembed.known_pending((r).relation, (r).target) as pending) k;
 end;
 
 -- when the oldest of the next thousand pending rows was written; only with track_commit_timestamp
@@ -206,7 +215,8 @@ begin
         return null;
     end if;
     execute pg_catalog.format(
-        'select pg_catalog.min(pg_catalog.pg_xact_commit_timestamp(c.xmin)) from (select t.xmin from %s t where %s order by %s limit 1000) c
+        'select pg_catalog.min(pg_catalog.pg_xact_commit_timestamp(c.xmin))
+            from (select t.xmin from %s t where %s order by %s limit 1000) c
          where pg_catalog.age(c.xmin) operator(pg_catalog.<) 1000000000', s.rows, s.pending, s.ordering) into oldest;
     return oldest;
 end
@@ -217,7 +227,8 @@ create function autoembed.rate(registration bigint) returns double precision
 language sql volatile
 begin atomic
     select sum(u.embedded) / nullif(extract(epoch from clock_timestamp()
-               - min(u.finished - make_interval(secs => u.claim_seconds + u.encode_seconds + u.write_seconds))), 0)::double precision
+               - min(u.finished - make_interval(secs => u.claim_seconds + u.encode_seconds + u.write_seconds))),
+                   0)::double precision
     from autoembed.run u
     where u.registration = rate.registration and u.finished > clock_timestamp() - '5 minutes'::interval;
 end;
@@ -232,12 +243,15 @@ end;
 create view embedding_progress with (security_invoker = true) as
 select r.relation::regclass as relation, autoembed.column_name(r.relation, r.target) as target,
        c.total, c.embedded,
-       case c.pending < f.failed + f.waiting when true then 0 when false then c.pending - f.failed - f.waiting end as pending,
+       case c.pending < f.failed + f.waiting when true then 0 when false
+           then c.pending - f.failed - f.waiting end as pending,
        c.blank, f.failed, f.waiting, t.truncated,
        autoembed.figure(p.rate, 2) as rows_per_second,
        case when c.pending = 0 then '0'::interval
-            when p.rate > 0 then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
-       case when autoembed.is_own(r.relation) then clock_timestamp() - autoembed.oldest_pending(r.id) end as oldest_pending,
+            when p.rate > 0
+                then make_interval(secs => round((c.pending / p.rate)::numeric)::double precision) end as time_left,
+       case when autoembed.is_own(r.relation)
+           then clock_timestamp() - autoembed.oldest_pending(r.id) end as oldest_pending,
        c.exact, autoembed.figure(c.margin, 3) as margin
 from autoembed.registration r
 cross join lateral autoembed.counts(r) c
@@ -246,15 +260,18 @@ cross join lateral (select count(*) filter (where x.next_try is null) as failed,
                     from autoembed.failure x where x.registration = r.id) f
 cross join lateral (select count(*) as truncated from autoembed.truncation x where x.registration = r.id) t
 cross join lateral (select autoembed.rate(r.id) as rate) p
-where has_any_column_privilege(r.relation, 'select') and autoembed.key_index(r.relation) is not null and autoembed.is_sound(r);
+where has_any_column_privilege(r.relation, 'select') and autoembed.key_index(r.relation) is not null
+    and autoembed.is_sound(r);
 
 create view embedding_throughput with (security_invoker = true) as
 select date_trunc('minute', u.finished) as minute, r.relation::regclass as relation,
        autoembed.column_name(r.relation, r.target) as target, u.model,
        sum(u.embedded) as rows, sum(u.failed) as failed, sum(u.skipped) as skipped, sum(u.tokens)::bigint as tokens,
-       autoembed.figure(sum(u.embedded) / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0), 2) as rows_per_second,
+       autoembed.figure(sum(u.embedded) / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0),
+           2) as rows_per_second,
        autoembed.figure(sum(u.tokens)::double precision / nullif(sum(u.claim_seconds + u.encode_seconds + u.write_seconds), 0), 2) as tokens_per_second,
-       autoembed.figure(sum(u.claim_seconds), 3) as claim_seconds, autoembed.figure(sum(u.encode_seconds), 3) as encode_seconds,
+       autoembed.figure(sum(u.claim_seconds), 3) as claim_seconds,
+           autoembed.figure(sum(u.encode_seconds), 3) as encode_seconds,
        autoembed.figure(sum(u.write_seconds), 3) as write_seconds
 from autoembed.run u
 join autoembed.registration r on r.id = u.registration

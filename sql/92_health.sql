@@ -9,7 +9,8 @@ begin atomic
     select 'extension',
            case when e.extversion = a.default_version then 'ok' else 'warn' end,
            case when e.extversion = a.default_version then format('pg_autoembed %s', e.extversion)
-                when a.default_version is null then format('this database has pg_autoembed %s, the server has none', e.extversion)
+                when a.default_version is null then format('this database has pg_autoembed %s, the server has none',
+                    e.extversion)
                 else format('this database has pg_autoembed %s, the server %s', e.extversion, a.default_version) end,
            case when a.default_version is null then 'Install the extension''s files again (make install).'
                 when e.extversion <> a.default_version then 'ALTER EXTENSION pg_autoembed UPDATE' end
@@ -37,7 +38,8 @@ end;
 create function autoembed.columns_health(out check_name text, out status text, out message text, out hint text)
 language sql stable
 begin atomic
-    with looked as materialized (select format('%s.%I', c.relation, c.target) as label, c.status from @extschema@.embedding_columns c),
+    with looked as materialized (select format('%s.%I', c.relation, c.target) as label, c.status
+        from @extschema@.embedding_columns c),
     bad as (select min(format('%s: %s', l.label, l.status)) as first, count(*) as count
             from looked l where l.status not in ('ready', 'paused'))
     select 'columns', case when b.count > 0 then 'warn' else 'ok' end,
@@ -48,7 +50,7 @@ begin atomic
     from bad b, (select count(*) as count, count(*) filter (where l.status = 'paused') as paused from looked l) n;
 end;
 
--- Whose columns the reader may ask about: his own, and those of roles that he is a member of.
+-- Whose columns the reader may ask about: its own, and those of roles that it is a member of.
 create function autoembed.known_owners(out oid oid, out name name)
 returns setof record
 language sql stable
@@ -77,13 +79,15 @@ language sql immutable
 begin atomic
     select case when schedule ~ '^[0-9]+ seconds?$' then split_part(schedule, ' ', 1)::integer * '1 second'::interval
                 when schedule = '* * * * *' then '1 minute'::interval
-                when schedule ~ '^\*/[0-9]{1,2} \* \* \* \*$' then substring(schedule from 3 for position(' ' in schedule) - 3)::integer * '1 minute'::interval
+                when schedule ~ '^\*/[0-9]{1,2} \* \* \* \*$'
+                    then substring(schedule from 3 for position(' ' in schedule) - 3)::integer * '1 minute'::interval
                 else '1 day'::interval end;
 end;
 
 -- The jobs of embed_schedule that the reader sees, and what became of each one's last run.
 create function autoembed.jobs(
-    out role name, out job bigint, out every interval, out active boolean, out run_status text, out run_started timestamptz)
+    out role name, out job bigint, out every interval, out active boolean, out run_status text,
+        out run_started timestamptz)
 returns setof record
 language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
 begin
@@ -94,17 +98,20 @@ begin
         'with recent as materialized (select * from cron.job_run_details order by runid desc limit 1000)
          select j.username::name, j.jobid, autoembed.interval_of(j.schedule), j.active, d.status, d.start_time
          from cron.job j
-         left join lateral (select r.status, r.start_time from recent r where r.jobid = j.jobid order by r.runid desc limit 1) d on true
+         left join lateral (select r.status, r.start_time from recent r where r.jobid = j.jobid
+             order by r.runid desc limit 1) d on true
          where %s', autoembed.own_jobs(0));
 end
 $$;
 
 -- what is wrong with a job; null: nothing
-create function autoembed.job_trouble(every interval, active boolean, run_status text, run_started timestamptz) returns text
+create function autoembed.job_trouble(every interval, active boolean, run_status text, run_started timestamptz)
+    returns text
 language sql stable
 begin atomic
     select case when not active then 'is switched off'
-                when run_status = 'failed' then format('failed when it was last run, at %s', run_started::timestamptz(0))
+                when run_status = 'failed' then format('failed when it was last run, at %s',
+                    run_started::timestamptz(0))
                 when run_status <> 'running' and run_started < clock_timestamp() - 2 * every - '2 minutes'::interval
                     then format('was last started at %s', run_started::timestamptz(0)) end;
 end;
@@ -115,15 +122,19 @@ returns setof record
 language sql volatile
 begin atomic
     with job as materialized (
-        select j.role, j.job, autoembed.job_trouble(j.every, j.active, j.run_status, j.run_started) as trouble from autoembed.jobs() j
+        select j.role, j.job, autoembed.job_trouble(j.every, j.active, j.run_status, j.run_started) as trouble
+            from autoembed.jobs() j
     ), owner as materialized (
-        select o.oid, o.name, autoembed.is_working(o.oid) or exists (select from job j where j.role = o.name and j.trouble is null) as works,
-               (select min(format('job %s of %I %s', j.job, o.name, j.trouble)) from job j where j.role = o.name) as trouble
+        select o.oid, o.name, autoembed.is_working(o.oid)
+            or exists (select from job j where j.role = o.name and j.trouble is null) as works,
+               (select min(format('job %s of %I %s', j.job, o.name, j.trouble)) from job j
+                   where j.role = o.name) as trouble
         from autoembed.known_owners() o
     )
     select o.name, o.works,
            case when not o.works then coalesce(o.trouble, (
-               select format(case when autoembed.is_own(r.relation) then '%s has rows to be filled, but %I has no worker and no job'
+               select format(case when autoembed.is_own(r.relation)
+                   then '%s has rows to be filled, but %I has no worker and no job'
                                   else '%s has rows to be filled, by its statistics, but %I has no worker and no job' end, r.relation::regclass, o.name)
                from autoembed.registration r join pg_catalog.pg_class c on c.oid = r.relation
                where c.relowner = o.oid and r.enabled and autoembed.is_waiting(r) limit 1)) end,
@@ -135,7 +146,8 @@ create function autoembed.schedule_hint(failed boolean) returns text
 language sql stable
 begin atomic
     select case when failed then 'cron.job_run_details has what it said; embed_schedule() makes the job anew.'
-                when autoembed.has_cron() then 'embed_schedule() makes a job for each owner; or keep CALL embed_worker() running.'
+                when autoembed.has_cron()
+                    then 'embed_schedule() makes a job for each owner; or keep CALL embed_worker() running.'
                 when autoembed.cron_setting('database_name') = current_database()
                     then 'CREATE EXTENSION pg_cron, then call embed_schedule(); or keep CALL embed_worker() running.'
                 when autoembed.cron_setting('database_name') is not null
@@ -147,13 +159,16 @@ create function autoembed.schedule_health(out check_name text, out status text, 
 language sql volatile
 begin atomic
     select 'schedule', case when i.idle > 0 then 'warn' else 'ok' end,
-           case when i.idle > 0 then i.first || case when i.idle > 1 then format('; so it is with %s more', i.idle - 1) else '' end
+           case when i.idle > 0 then i.first || case when i.idle > 1 then format('; so it is with %s more', i.idle - 1)
+               else '' end
                 when i.owners = 0 then 'no column of the reader''s is declared'
                 when i.working = i.owners then 'a worker or a job fills for each owner'
                 when i.working = 0 then 'no worker and no job is there, but no row is known to wait'
-                else format('a worker or a job fills for %s of %s owners; no row is known to wait for the others', i.working, i.owners) end,
+                else format('a worker or a job fills for %s of %s owners; no row is known to wait for the others',
+                    i.working, i.owners) end,
            case when i.idle > 0 then autoembed.schedule_hint(i.failed) end
-    from (select count(*) as owners, count(*) filter (where o.works) as working, count(o.trouble) as idle, min(o.trouble) as first,
+    from (select count(*) as owners, count(*) filter (where o.works) as working, count(o.trouble) as idle,
+        min(o.trouble) as first,
                  bool_or(o.failed and o.trouble is not null) as failed
           from autoembed.idle_owners() o) i;
 end;
@@ -178,7 +193,8 @@ begin
              select %s as written, %s as key, %s as content from %s t where %s order by %s limit 200) c
          where c.written is not null and %s and not exists (
              select from autoembed.failure f
-             where f.registration operator(pg_catalog.=) $1 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
+             where f.registration operator(pg_catalog.=) $1
+                 and f.key_hash operator(pg_catalog.=) pg_catalog.jsonb_hash_extended(c.key, 0)
                and f.key operator(pg_catalog.=) c.key)',
         autoembed.written_at(), s.key, s.content, s.rows, s.pending, s.ordering, autoembed.has_text('c.content'))
     into since using s.registration, c.age, c.at;
@@ -190,7 +206,8 @@ create function autoembed.written_at() returns text
 language sql stable
 begin atomic
     select format('case when pg_catalog.age(t.xmin) operator(pg_catalog.<) 1000000000 then %s end',
-                  case current_setting('track_commit_timestamp') when 'on' then 'pg_catalog.pg_xact_commit_timestamp(t.xmin)'
+                  case current_setting('track_commit_timestamp') when 'on'
+                      then 'pg_catalog.pg_xact_commit_timestamp(t.xmin)'
                   else 'case when pg_catalog.age(t.xmin) operator(pg_catalog.>) $2 then $3 end' end);
 end;
 
@@ -212,7 +229,8 @@ begin atomic
         select format('%s.%I', r.relation::regclass, autoembed.column_name(r.relation, r.target)) as label,
                autoembed.waits_since(autoembed.column_sql_of(r.id)) as since,
                (select max(u.finished) from autoembed.run u where u.registration = r.id and u.embedded > 0) as embedded,
-               clock_timestamp() - patience - 2 * coalesce((select j.every from job j where j.role = current_user), '0') as bound
+               clock_timestamp() - patience - 2 * coalesce((select j.every from job j where j.role = current_user),
+                   '0') as bound
         from autoembed.registration r
         where r.enabled and autoembed.is_own(r.relation)
     ), overdue as materialized (
@@ -222,9 +240,14 @@ begin atomic
     )
     select 'pending', case when count(*) > 0 then 'warn' else 'ok' end,
            case when count(*) > 0 then format('%s: rows wait since %s or longer, and none was embedded meanwhile%s',
-                                              min(o.label), min(o.since)::timestamptz(0), case when count(*) > 1 then format('; so it is with %s', autoembed.counted(count(*) - 1, 'more column', 'more columns')) end)
-                else (select format('no row waits for long in %s of the reader''s own', autoembed.counted(count(*), 'column', 'columns')) from looked l) end,
-           case when count(*) > 0 then 'See the checks named columns and schedule; embedding_progress has the column''s figures.' end
+                                              min(o.label), min(o.since)::timestamptz(0), case when count(*) > 1
+                                                  then format('; so it is with %s',
+                                                      autoembed.counted(count(*) - 1, 'more column',
+                                                          'more columns')) end)
+                else (select format('no row waits for long in %s of the reader''s own',
+                    autoembed.counted(count(*), 'column', 'columns')) from looked l) end,
+           case when count(*) > 0
+               then 'See the checks named columns and schedule; embedding_progress has the column''s figures.' end
     from overdue o;
 end;
 
@@ -234,8 +257,10 @@ language sql stable
 begin atomic
     select 'failures', case when f.failed + f.waiting > 0 then 'warn' else 'ok' end,
            case when f.failed + f.waiting = 0 then 'no row has failed'
-                else format('%s failed for good, %s will be tried again', autoembed.counted(f.failed, 'row has', 'rows have'), f.waiting) end,
-           case when f.failed + f.waiting > 0 then 'embedding_failures says which and why; embed_retry() tries them again.' end
+                else format('%s failed for good, %s will be tried again',
+                    autoembed.counted(f.failed, 'row has', 'rows have'), f.waiting) end,
+           case when f.failed + f.waiting > 0
+               then 'embedding_failures says which and why; embed_retry() tries them again.' end
     from (select count(*) filter (where x.next_try is null) as failed, count(x.next_try) as waiting
           from (select f.next_try from autoembed.failure f limit 10000) x) f;
 end;
@@ -244,14 +269,16 @@ create function autoembed.suspects_health(out check_name text, out status text, 
 language sql stable
 begin atomic
     select 'suspects', case when count(*) > 0 then 'warn' else 'ok' end,
-           case when count(*) > 0 then format('%s being embedded when the server crashed', autoembed.counted(count(*), 'text was', 'texts were'))
+           case when count(*) > 0 then format('%s being embedded when the server crashed',
+               autoembed.counted(count(*), 'text was', 'texts were'))
                 else 'no text is suspected of having crashed the server' end,
-           case when count(*) > 0 then 'The next fill tries each of them alone: which of them it was will be known then.' end
+           case when count(*) > 0
+               then 'The next fill tries each of them alone: which of them it was will be known then.' end
     from (select from autoembed.suspect f limit 10000) x;
 end;
 
--- No search_path is pinned: rows of the reader's own tables are looked at, with whatever runs then. A table that somebody
--- locks is not waited for.
+-- No search_path is pinned: rows of the reader's own tables are looked at, with whatever runs then. A table that
+-- somebody locks is not waited for.
 create function autoembed.health(out check_name text, out status text, out message text, out hint text)
 returns setof record
 language plpgsql volatile set lock_timeout = '100ms' as $$

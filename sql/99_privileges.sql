@@ -25,7 +25,8 @@ grant select on autoembed.registration to public;
 
 alter table autoembed.inflight_twin enable row level security;
 grant select on autoembed.inflight_twin to public;
-create policy owner on autoembed.inflight_twin for select using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
+create policy owner on autoembed.inflight_twin for select
+    using ((registration, id) in (select i.registration, i.id from autoembed.inflight i));
 
 -- A role that may fill without owning must see what is held back, or it would try what crashed the server again and
 -- again; but no more rows than it can read in the table anyway.
@@ -40,12 +41,15 @@ revoke all on function
     embed_similar(regclass, jsonb, integer, name, jsonb), embed_duplicates(regclass, double precision, name),
     embed_column(regclass, name[], name, text, text, boolean, text, boolean, boolean, name, text),
     embed_column(regclass, name, name, text, text, boolean, text, boolean, boolean, name, text),
-    embed_column_set(regclass, name, text, text, boolean, text, boolean, boolean, text), embed_column_drop(regclass, name),
+    embed_column_set(regclass, name, text, text, boolean, text, boolean, boolean, text),
+        embed_column_drop(regclass, name),
     embed_index(regclass, name, integer, integer, boolean), embed_retry(regclass)
     from public;
 revoke all on procedure embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint) from public;
-revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint), embed_wait(regclass, interval) from public;
-revoke all on function embed_schedule(text, integer, integer), embed_unschedule(), embed_load(text), embed_unload() from public;
+revoke all on procedure embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint),
+    embed_wait(regclass, interval) from public;
+revoke all on function embed_schedule(text, integer, integer), embed_unschedule(), embed_load(text), embed_unload()
+    from public;
 
 -- May the caller call the function of the interface around this one in Python? Asked anew each time: the answer changes
 -- with SET ROLE.
@@ -59,7 +63,8 @@ begin atomic
         when 'load_model' then has_function_privilege('embed_load(text)'::regprocedure, 'execute')
         when 'unload_models' then has_function_privilege('embed_unload()'::regprocedure, 'execute')
         when 'fill_pending' then has_function_privilege(
-            'embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint)'::regprocedure, 'execute')
+            'embed_pending(integer, regclass, bigint, integer, bigint, bigint, bigint, bigint)'::regprocedure,
+                'execute')
         when 'fill_on' then has_function_privilege(
             'embed_worker(integer, integer, integer, bigint, bigint, bigint, bigint)'::regprocedure, 'execute')
         when 'wait_for' then has_function_privilege('embed_wait(regclass, interval)'::regprocedure, 'execute')
@@ -67,6 +72,7 @@ begin atomic
 end;
 
 grant select on
-    embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput, embedding_failures,
+    embedding_models, embedding_settings, embedding_columns, embedding_progress, embedding_throughput,
+        embedding_failures,
     embedding_truncations, embedding_sessions, embedding_health
     to public;

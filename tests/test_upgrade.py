@@ -113,9 +113,9 @@ CHANGES = {
     ),
     "comment": change(
         "88_sessions.sql",
-        "'free the models that this session has loaded; how many'",
-        "'free the models of this session; how many'",
-        "comment on function embed_unload() is 'free the models of this session; how many'",
+        "'Frees the models that this session has loaded, and returns how many there were.'",
+        "'Frees the models of this session.'",
+        "comment on function embed_unload() is 'Frees the models of this session.'",
         "function @extschema@.embed_unload()",
     ),
     "event trigger": change(
