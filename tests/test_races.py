@@ -202,6 +202,7 @@ def test_declared_columns_renamed_meanwhile(
 
 def test_vector_of_a_writer_is_kept(db: Connection, connect: Connect, declared: Knowledge, rig: Rig) -> None:
     declared(20)
+    db.execute("select embed_column_set('knowledge', 'embedding', writes => 'anyone')")
     with rig.encoding(connect()) as filling:
         db.execute("update knowledge set embedding = embed('mine') where id = 3")
     assert filling.result == (19, 0, 1)

@@ -44,7 +44,7 @@ def declare(connection: Connection, count: int, *, key: str = "id bigint primary
     connection.execute(
         f"create table knowledge ({key}, content text, embedding vector(384)) with (autovacuum_enabled = off)"
     )
-    connection.execute("select embed_column('knowledge', 'content'::name)")
+    connection.execute("select embed_column('knowledge', 'content'::name, writes => 'anyone')")
     add(connection, 1, count)
 
 
@@ -264,7 +264,7 @@ def test_a_call_counts_the_dead_rows_that_it_makes_itself(db: Connection) -> Non
     update = f"update knowledge set embedding = array_fill(0.05::float4, array[384])::vector where id <= {MUCH}"
     db.execute(
         "create procedure much() language plpgsql as $$ declare n bigint; begin"
-        f" {update}; commit; call embed_pending(32, 'knowledge', null, null, n, n, n); end $$"
+        f" {update}; commit; call embed_pending(32, 'knowledge', null, null, n, n, n, n); end $$"
     )
     db.execute("call much()")
     assert frontier(db) == [MUCH + 40]
@@ -276,7 +276,7 @@ def test_partitions_dead_rows_count_together(db: Connection) -> None:
     )
     for part, (first, last) in enumerate(((0, MUCH // 2), (MUCH // 2, MUCH * 2))):
         db.execute(f"create table part{part} partition of knowledge for values from ({first}) to ({last})")
-    db.execute("select embed_column('knowledge', 'content'::name)")
+    db.execute("select embed_column('knowledge', 'content'::name, writes => 'anyone')")
     add(db, 1, MUCH + 4)
     fill_by_sql(db, f"id <= {MUCH}")
     assert fill(db) == (4, 0, 0)
