@@ -12,16 +12,45 @@ if "autoembed 1" not in GD:
 return GD["autoembed 1"].most_new_rows(registration, label)
 $$;
 
--- Encodes and writes; what a model or a missing right prevents stays pending, with a warning. It is open to all, and
--- looks at the caller's rights by itself: autoembed.immediate knows no column where they do not suffice.
+-- Encodes and writes, and says how many of the rows stay pending, why, and whether the next ones would as well. It is
+-- open to all, and looks at the caller's rights by itself: autoembed.immediate knows no column where they are too few.
 create function autoembed.embed_new(
-    relation oid, target name, keys jsonb[], contents text[], hashes bytea[], out done boolean, out refusal autoembed.refusal)
+    relation oid, target name, keys jsonb[], contents text[], hashes bytea[],
+    out pending integer, out reason text, out hint text, out is_over boolean, out refusal autoembed.refusal)
 language plpython3u volatile parallel unsafe as $$
 if "autoembed 1" not in GD: plpy.execute("select autoembed.start()")
 return GD["autoembed 1"].embed_new(relation, target, keys, contents, hashes)
 $$;
 
--- Immediate mode: the statement's new rows in one pass. Never makes the statement fail because a model did.
+-- When no further piece of a statement is begun: after five seconds, or half of the time that the statement may take.
+create function autoembed.immediate_end() returns timestamptz
+language sql volatile
+begin atomic
+    select least(clock_timestamp() + '5 seconds'::interval,
+                 case when t.allowed > '0'::interval then statement_timestamp() + t.allowed / 2 end)
+    from (select current_setting('statement_timeout')::interval as allowed) t;
+end;
+
+-- One word for a statement, whatever became of its rows: a WARNING where some could not be embedded, and a NOTICE where
+-- there were only too many.
+create function autoembed.say_pending(label text, pending bigint, total bigint, reason text, hint text) returns void
+language plpgsql volatile set search_path = pg_catalog, pg_temp as $$
+declare
+    said text := format('%s: %s of %s new rows %s pending: %s', label, pending, total,
+                        case pending when 1 then 'stays' else 'stay' end,
+                        coalesce(reason, 'the statement has more of them than there is time for'));
+begin
+    if reason is null then
+        raise notice using message = said, hint = 'The next fill embeds them: call embed_pending, or keep a worker.';
+    else
+        raise warning using message = said,
+            hint = coalesce(hint, 'The next fill tries again; embedding_failures says which rows fail.');
+    end if;
+end
+$$;
+
+-- Immediate mode: the statement's new rows, in pieces of EMBEDDING_IMMEDIATE_ROWS. Never makes the statement fail
+-- because a model did. Further pieces are begun while there is time, and what is left then stays pending.
 create function autoembed.embed_rows() returns trigger
 language plpgsql as $$
 declare
@@ -31,6 +60,12 @@ declare
     keys pg_catalog.jsonb[];
     contents pg_catalog.text[];
     hashes pg_catalog.bytea[];
+    seen pg_catalog.int8 := 0;
+    pending pg_catalog.int8 := 0;
+    total pg_catalog.int8;
+    reason pg_catalog.text;
+    hint pg_catalog.text;
+    ends pg_catalog.timestamptz;
 begin
     select * into plan from autoembed.immediate(tg_relid, tg_argv[0]::pg_catalog.name);
     if plan.query is null then
@@ -40,18 +75,34 @@ begin
     if most is null then
         return null;
     end if;
-    begin
-        execute plan.query into keys, contents, hashes using most operator(pg_catalog.+) 1;
-    exception when others then
-        if pg_catalog.left(sqlstate, 2) operator(pg_catalog.=) any ('{25,40,57}'::pg_catalog.text[]) then
-            raise;
-        end if;
-        raise warning '%: new rows stay pending (SQLSTATE %)', plan.label, sqlstate;
-        return null;
-    end;
-    if keys is not null and pg_catalog.cardinality(keys) operator(pg_catalog.<=) most then
+    ends := autoembed.immediate_end();
+    loop
+        begin
+            execute plan.query into keys, contents, hashes using most, seen;
+            total := seen operator(pg_catalog.+) coalesce(pg_catalog.cardinality(keys), 0);
+            if most operator(pg_catalog.=) 0 or pg_catalog.cardinality(keys) operator(pg_catalog.=) most then
+                execute plan.counting into total;
+            end if;
+        exception when others then
+            if pg_catalog.left(sqlstate, 2) operator(pg_catalog.=) any ('{25,40,57}'::pg_catalog.text[]) then
+                raise;
+            end if;
+            raise warning '%: new rows stay pending (SQLSTATE %)', plan.label, sqlstate;
+            return null;
+        end;
+        exit when keys is null;
         answer := autoembed.embed_new(tg_relid, tg_argv[0]::pg_catalog.name, keys, contents, hashes);
         perform autoembed.accepted(answer.refusal);
+        seen := seen operator(pg_catalog.+) pg_catalog.cardinality(keys);
+        pending := pending operator(pg_catalog.+) answer.pending;
+        reason := coalesce(reason, answer.reason);
+        hint := coalesce(hint, answer.hint);
+        exit when seen operator(pg_catalog.>=) total or answer.is_over
+            or pg_catalog.clock_timestamp() operator(pg_catalog.>=) ends;
+    end loop;
+    pending := pending operator(pg_catalog.+) (total operator(pg_catalog.-) seen);
+    if pending operator(pg_catalog.>) 0 then
+        perform autoembed.say_pending(plan.label, pending, total, reason, hint);
     end if;
     return null;
 end
@@ -71,12 +122,13 @@ end;
 -- is paused, or the owner was never given embed_column.
 create function autoembed.immediate(
     relation oid, target name, out registration bigint, out generation bigint, out model text, out fingerprint text,
-    out label text, out dimensions integer, out column_sql text, out query text)
+    out label text, out dimensions integer, out column_sql text, out query text, out counting text)
 returns setof record
 language plpgsql stable set search_path = pg_catalog, pg_temp as $$
 declare
     r autoembed.registration;
     s autoembed.column_sql;
+    new_rows text;
 begin
     select g.* into r
     from (select immediate.relation as oid union select p.relid from pg_partition_ancestors(immediate.relation) p) named
@@ -96,10 +148,13 @@ begin
     label := s.label;
     dimensions := s.dimensions;
     column_sql := s::text;
+    new_rows := format('autoembed_new t where %s and %s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]''',
+                       s.pending, s.content);
     query := format('select pg_catalog.array_agg(c.key), pg_catalog.array_agg(c.content), pg_catalog.array_agg(c.hash)
-                     from (select %s as key, %s as content, autoembed.hash(%2$s) as hash from autoembed_new t
-                           where %s and %2$s collate pg_catalog."C" operator(pg_catalog.~) ''[^[:space:]]'' limit $1) c',
-                    s.key, s.content, s.pending);
+                     from (select n.key, n.content, autoembed.hash(n.content) as hash
+                           from (select %s as key, %s as content from %s limit $1 offset $2) n) c',
+                    s.key, s.content, new_rows);
+    counting := format('select pg_catalog.count(*) from %s', new_rows);
     return next;
 end
 $$;

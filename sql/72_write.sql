@@ -196,6 +196,12 @@ begin
                 (figures ->> 'tokens')::bigint, (figures ->> 'claim')::double precision,
                 (figures ->> 'encode')::double precision, (figures ->> 'write')::double precision);
     end if;
+    if (outcome ->> 'inflight')::bigint = 0 then  -- immediate mode, where no call comes to its end and tidies
+        delete from autoembed.run u where u.id in (
+            select o.id from autoembed.run o
+            where o.registration = r.id and o.finished < clock_timestamp() - '1 day'::interval
+            order by o.finished limit 2 for update skip locked);
+    end if;
 end
 $$;
 

@@ -310,8 +310,21 @@ def test_state_of_a_triggers_own_leaves_a_new_row_pending(db: Connection, declar
     refuse_by_trigger(db, "MY001")
     with notices(db) as heard:
         db.execute("insert into knowledge (content) values ('three')")
-    assert "new rows stay pending (SQLSTATE MY001)" in str(heard[0].message)
+    assert "1 of 1 new rows stays pending: " in str(heard[0].message)
+    assert "MY001" in str(heard[0].message)
     assert pending(db) == 3
+
+
+def test_text_without_a_vector_is_told_in_immediate_mode(db: Connection, declared: Knowledge) -> None:
+    declared(texts=[])
+    db.execute("delete from knowledge")
+    db.execute("select embed_column_set('knowledge', 'embedding', mode => 'immediate')")
+    with notices(db) as heard:
+        db.execute("insert into knowledge (content) values ('one'), ('a nanword'), ('three')")
+    assert [n.severity for n in heard] == ["WARNING"]
+    assert "knowledge.embedding: 1 of 3 new rows stays pending: " in str(heard[0].message)
+    assert pending(db) == 1
+    assert rows(db, "select kind, attempts from embedding_failures") == [("vector", 1)]
 
 
 def test_write_of_one_immediate_column_that_inserts_into_another(db: Connection, declared: Knowledge) -> None:

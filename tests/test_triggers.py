@@ -521,12 +521,33 @@ def test_statement_triggers_stand_on_each_partition(parted: Connection) -> None:
     assert parted.execute(STATEMENT_TRIGGERS).fetchall() == []
 
 
-def test_large_statement_stays_pending(live: Connection) -> None:
-    live.execute("insert into docs select n, 'text ' || n from generate_series(1, 129) n")
-    assert scalar(live, "select count(embedding) from docs") == 0
-    live.execute("insert into docs select n, 'text ' || n from generate_series(201, 328) n")
+def test_large_statement_is_embedded_in_pieces(live: Connection) -> None:
+    """In pieces of 128 rows."""
+    with notices(live) as heard:
+        live.execute("insert into docs select n, 'text ' || n from generate_series(1, 300) n")
+    assert heard == []
+    assert max(9 if d is None else d for d in distance(live)) < 1e-5
+    pieces = "select sum(rows) from embedding_throughput where relation = 'docs'::regclass"
+    assert scalar(live, pieces) == 300
+
+
+def test_large_statement_with_little_time(live: Connection) -> None:
+    """A piece is begun within half of the time that the statement has; the first one always is."""
+    live.execute(
+        "create function pause() returns trigger language plpgsql as 'begin perform pg_sleep(0.6); return null; end'"
+    )
+    live.execute('create trigger "a pause" after insert on docs for each statement execute function pause()')
+    live.execute("set statement_timeout = '1s'")
+    with notices(live) as heard:
+        live.execute("insert into docs select n, 'text ' || n from generate_series(1, 300) n")
+    live.execute("set statement_timeout = '60s'")
+    (said,) = heard
+    assert said.severity == "NOTICE"
+    assert str(said.message).endswith(
+        "docs.embedding: 172 of 300 new rows stay pending: the statement has more of them than there is time for"
+    )
     assert scalar(live, "select count(embedding) from docs") == 128
-    assert scalar(live, "call embed_pending(512)") == 129
+    assert scalar(live, "call embed_pending(512)") == 172
 
 
 def test_broken_model_leaves_rows_pending(warm: Connection, fragile: Path) -> None:
@@ -539,7 +560,7 @@ def test_broken_model_leaves_rows_pending(warm: Connection, fragile: Path) -> No
     assert vectors(warm) == [None]
     assert [n.severity for n in heard] == ["WARNING", "WARNING"]
     for said in heard:
-        assert "docs.embedding: new rows stay pending" in str(said.message)
+        assert "docs.embedding: 1 of 1 new rows stays pending: " in str(said.message)
         assert "secret" not in f"{said.message} {said.hint}"
 
 
@@ -581,8 +602,8 @@ def test_constraint_that_refuses_the_vector_leaves_rows_pending(live: Connection
         live.execute("insert into docs values (2, 'two', 'fine')")
     assert column(live, "select embedding is null from docs order by id") == [True, False]
     label = f"{scalar(live, 'select current_schema()')}.docs.embedding"
-    refused = "constraint only_fine refused the vector (SQLSTATE 23514)"
-    assert [n.message for n in heard] == [f"{label}: new rows stay pending: {refused}"]
+    refused = "constraint only_fine refused the vector (23514)"
+    assert [n.message for n in heard] == [f"{label}: 1 of 1 new rows stays pending: {refused}"]
 
 
 def test_trigger_that_names_a_constraint_of_its_own(live: Connection) -> None:
@@ -595,7 +616,51 @@ def test_trigger_that_names_a_constraint_of_its_own(live: Connection) -> None:
     with notices(live) as heard:
         live.execute("insert into docs values (1, 'a secret text')")
     (said,) = heard
-    assert str(said.message).endswith("docs.embedding: new rows stay pending (SQLSTATE 23514)")
+    assert str(said.message).endswith("a trigger or constraint of the table refused the vector (23514)")
+    assert "secret" not in str(said)
+
+
+RECORDS = """
+    select (select count(*) from embedding_failures where relation = 'docs'::regclass),
+           (select count(*) from embedding_truncations where relation = 'docs'::regclass),
+           (select sum(rows)::int from embedding_throughput where relation = 'docs'::regclass)"""
+
+
+def test_refused_row_alone_stays_pending_and_is_recorded(live: Connection) -> None:
+    live.execute("alter table docs add constraint only_fine check (embedding is null or note = 'fine')")
+    with notices(live) as heard:
+        live.execute("insert into docs values (1, 'one', 'fine'), (2, 'two', 'bad'), (3, repeat('word ', 999), 'fine')")
+    (said,) = heard
+    assert said.severity == "WARNING"
+    assert "1 of 3 new rows stays pending: constraint only_fine refused the vector" in str(said.message)
+    assert column(live, "select embedding is null from docs order by id") == [False, True, False]
+    assert live.execute(RECORDS).fetchone() == (1, 1, 2)
+    live.execute("update docs set content = content || '!', note = 'fine'")
+    assert live.execute(RECORDS).fetchone() == (0, 1, 5)
+
+
+def test_records_are_the_owners_to_write(live: Connection, warm_role: Callable[..., str]) -> None:
+    live.execute(f"grant select, insert, update on docs to {warm_role('clerk')}")
+    with acting_as(live, "clerk"):
+        live.execute("insert into docs values (1, 'one')")
+    assert vectors(live) != [None]
+    assert live.execute(RECORDS).fetchone() == (0, 0, None)
+
+
+def test_serializable_writers_leave_no_record(live: Connection) -> None:
+    live.execute("begin isolation level serializable")
+    live.execute("insert into docs values (1, 'one')")
+    live.execute("commit")
+    assert vectors(live) != [None]
+    assert live.execute(RECORDS).fetchone() == (0, 0, None)
+
+
+def test_old_figures_go_as_new_ones_come(live: Connection) -> None:
+    live.execute("insert into docs select n, 'text' from generate_series(1, 3) n")
+    live.execute("insert into docs values (4, 'four')")
+    live.execute("update autoembed.run set finished = finished - interval '2 days'")
+    live.execute("insert into docs values (5, 'five')")
+    assert scalar(live, "select count(*) from autoembed.run") == 1
 
 
 def test_paused_column_embeds_nothing(live: Connection) -> None:

@@ -37,7 +37,7 @@ class Session:
         self.gd = gd
         self.models: LoadedModels = gd.setdefault("autoembed models", LoadedModels(gd, StatusFile(), plpy.log))
         self.database = SessionDatabase(plpy)
-        self.immediate = Immediate(plpy, self.database, self.models)
+        self.immediate = Immediate(plpy, self.models)
 
     # --- embedding ---------------------------------------------------------------------------------------------
 
@@ -93,8 +93,7 @@ class Session:
     def embed_new(
         self, relation: int, target: str, keys: list[str], contents: list[str], hashes: list[bytes]
     ) -> Answer:
-        self.immediate.embed_new(relation, target, keys, contents, hashes)
-        return Answer(done=True)
+        return self.immediate.embed_new(relation, target, keys, contents, hashes)
 
     # --- what the views show -----------------------------------------------------------------------------------
 
