@@ -359,7 +359,7 @@ def test_a_target_of_another_name_is_named_in_the_hint(warm: Connection) -> None
     warm.execute('create table docs (id bigint primary key, content text, "The Vec" vector(32))')
     warm.execute("select embed_column('docs', 'content', 'The Vec', model => 'tiny-mpnet')")
     error = refusal(warm, "select embed_search('docs', 'a question')")
-    assert error.diag.message_hint == 'Declared there: "The Vec". Name it with target => ….'
+    assert error.diag.message_hint == 'Declared there: "The Vec". Name it with target => ....'
 
 
 def test_declaring_again_mends_a_lost_index(warm: Connection) -> None:

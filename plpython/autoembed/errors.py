@@ -168,7 +168,7 @@ class OtherModel(AutoembedError):
 
     sqlstate = "55000"
     default_hint = (
-        "Restore its files, or call embed_column_set(…, model => '{name}'): it clears the column to fill it anew."
+        "Restore its files, or call embed_column_set(..., model => '{name}'): it clears the column to fill it anew."
     )
 
 
@@ -176,4 +176,4 @@ class OtherDimensions(AutoembedError):
     """{label} is a vector({column}) now, but model "{name}" has {model} dimensions"""
 
     sqlstate = "55000"
-    default_hint = "Give the column its type back, or call embed_column_set(…, model => …) with a model that fits."
+    default_hint = "Give the column its type back, or call embed_column_set(..., model => ...) with a model that fits."

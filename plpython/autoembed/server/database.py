@@ -208,7 +208,7 @@ class SessionDatabase:
         return getattr(error, "is_servers_own", False)
 
     def constraint(self, error: Exception) -> str | None:
-        """Returns an error's, if there is one of that name: a trigger can name any (USING CONSTRAINT = …)."""
+        """Returns an error's, if there is one of that name: a trigger can name any (USING CONSTRAINT = ...)."""
         details = getattr(error, "spidata", None)
         name = details[-1] if details else None
         if name is None or not self.value("select autoembed.is_constraint($1)", ["text"], [name]):

@@ -111,7 +111,7 @@ def worded(error: AutoembedError) -> Refusal:
 def said(database: SessionDatabase, error: Exception) -> Refusal:
     """Returns the server's own words, in its own language, where none of a table's own code was running.
 
-    There a trigger, a policy or a type ("invalid input syntax …") may have spoken, and quote a row.
+    There a trigger, a policy or a type ("invalid input syntax ...") may have spoken, and quote a row.
     """
     state = database.sqlstate(error)
     if database.is_servers_own(error):

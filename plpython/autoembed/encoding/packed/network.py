@@ -160,7 +160,7 @@ class Packed:
         return torch.tensor([0, *accumulate(self.lengths)])
 
     def split(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        """Splits the rows of a matrix (T, …), text by text."""
+        """Splits the rows of a matrix (T, ...), text by text."""
         return torch.split_with_sizes(tokens, self.lengths)
 
 
