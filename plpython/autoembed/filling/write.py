@@ -58,6 +58,8 @@ class Writer:
     result: BatchResult
     experience: Experience
     vectors: dict[int, str] = field(default_factory=dict)
+    unsettled: Exception | None = None
+    """What the batch's record was refused with, last: whatever its SQLSTATE says, no row is to blame."""
     started: float = field(default_factory=time.monotonic)
 
     def write(self, outcomes: Sequence[Vector | Failure]) -> None:
@@ -97,7 +99,7 @@ class Writer:
             self.write_once(rows, is_last=is_last)
         except self.database.error as error:
             self.database.rollback()
-            if not rows or not is_rows_own(self.database.sqlstate(error)):
+            if not rows or error is self.unsettled or not is_rows_own(self.database.sqlstate(error)):
                 raise
             self.database.authorize(self.column)  # 42501 of the call as a whole is nobody's row's
             if len(rows) == 1:
@@ -161,7 +163,11 @@ class Writer:
 
     def settle(self) -> None:
         self.result.write_seconds = time.monotonic() - self.started
-        self.database.settle(self.column, self.inflight, self.claim, self.result, self.token_limit)
+        try:
+            self.database.settle(self.column, self.inflight, self.claim, self.result, self.token_limit)
+        except self.database.error as error:
+            self.unsettled = error
+            raise
 
 
 def refusal(database: FillDatabase, error: Exception) -> str:

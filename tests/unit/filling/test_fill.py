@@ -75,9 +75,10 @@ class Short:
         pass
 
     def settle(self, *_: object) -> None:
-        pass
+        self.step("settle")
 
-    authorize = settle
+    def authorize(self, *_: object) -> None:
+        pass
 
     def sqlstate(self, error: Exception) -> str:
         return str(getattr(error, "sqlstate", ""))
@@ -163,6 +164,16 @@ def test_text_too_large_alone_ends_the_fill() -> None:
     with pytest.raises(Refused):
         filler(database, FakeEncoder()).fill_once()
     assert database.held == set()
+
+
+@pytest.mark.parametrize("state", ["23505", "22P02", "P0001", "42501"])
+def test_no_row_is_to_blame_where_the_record_is_refused(state: str) -> None:
+    """A row's own constraint ends its write with the same SQLSTATE."""
+    database = Short(Refused(state), settle=1)
+    one = filler(database, FakeEncoder())
+    with pytest.raises(Refused):
+        one.fill_once()
+    assert (one.totals.failed, database.claimed, database.held) == (0, [1], set())
 
 
 def test_other_shortages_are_not_the_encoders() -> None:
