@@ -56,9 +56,9 @@ class Transactions:
         return self.connection.sqlstate(error) in BUSY
 
     def undo(self, step: Callable[[], None]) -> None:
-        """Rolls back, then runs the step and commits it; again where a cancel or a lack of memory hits just here.
+        """Rolls back, then runs the step and commits it; again where an error hits just here, at most ATTEMPTS times.
 
-        A second cancel would otherwise leave a lock or a setting behind in a pooled session.
+        A second cancel would otherwise leave a lock or a setting behind in a pooled session, however many come.
         """
         attempts = 0
         while True:
@@ -68,12 +68,15 @@ class Transactions:
                 self.connection.commit()
                 return
             except (self.connection.error, MemoryError) as error:
-                attempts += 1
-                if self.is_out_of_memory(error) and attempts < ATTEMPTS:
-                    self.free_memory(error)
-                elif isinstance(error, MemoryError) or self.connection.sqlstate(error) != CANCELED:
+                attempts += not self.is_cancel(error)
+                if attempts == ATTEMPTS:
                     self.connection.rollback()
                     raise
+                if self.is_out_of_memory(error):
+                    self.free_memory(error)
+
+    def is_cancel(self, error: BaseException) -> bool:
+        return isinstance(error, self.connection.error) and self.connection.sqlstate(error) == CANCELED
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         if isinstance(error, MemoryError):
