@@ -98,7 +98,7 @@ install_package() {
     echo "$1" | as_root tee "$TARGET/package.stamp" >/dev/null
 }
 
-package_stamp() { (cd "$ROOT" && find plpython pyproject.toml -name '*.py' -o -name '*.c' -o -name '*.toml' -o -name py.typed | sort | xargs sha256sum | sha256sum); }
+package_stamp() { (cd "$ROOT" && find plpython pyproject.toml -name '*.py' -o -name '*.[ch]' -o -name '*.toml' -o -name py.typed | sort | xargs sha256sum | sha256sum); }
 
 check_python
 STAMP="python $(python_version), torch $TORCH_VERSION, $(requirements dependencies | tr '\n' ' ')$(sha256sum <"$LOCK")"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autoembed.encoding.interrupts import Sparse, nothing
-from autoembed.encoding.packed import aliases, pooling, unread
-from autoembed.encoding.packed.int8 import QuantizedNetwork, quantize
+from autoembed.encoding.packed import aliases, kernels, pooling, unread
+from autoembed.encoding.packed.int8 import quantize
+from autoembed.encoding.packed.layers import LayeredNetwork, halved, serves
 from autoembed.encoding.packed.network import Network, Packed, Shape, UnsupportedNetwork
 from autoembed.encoding.packed.tokenizer import TextTokenizer
 from autoembed.encoding.protocol import Tokenized
@@ -41,7 +41,8 @@ class Pipeline:
         unread.refuse(layout)
         shape = Shape.of(layout.config)
         self.pool, self.heads = pooling.build(layout, mapped)
-        self.network = NETWORKS[precision](shape, mapped(layout.transformer, CONVERTED_FILES.get(precision)))
+        weights = mapped(layout.transformer, CONVERTED_FILES.get(precision))
+        self.network = build_network(shape, weights, precision)
         self.tokenizer = TextTokenizer(layouts.tokenizer_file(layout), max_tokens)
 
     def encode(self, texts: Sequence[Tokenized], checkpoint: Callable[[], None]) -> NDArray[np.float32]:
@@ -131,17 +132,31 @@ def convert_weights(layout: Layout, precision: str, texts: Sequence[Tokenized]) 
 
 
 def halve(network: Network, weights: Mapping[str, Tensor], texts: Packed) -> dict[str, Tensor]:  # noqa: ARG001
-    floats = {name for name, tensor in weights.items() if tensor.dtype.is_floating_point}
-    return {name: tensor.bfloat16() if name in floats else tensor.clone() for name, tensor in weights.items()}
+    """Returns all in bfloat16; where layers.c serves the network, its products as that takes them."""
+    kept = dict(weights)
+    packed: dict[str, Tensor] = {}
+    if kernels.are_quick() and not serves(network.shape):
+        for products in (network.shape.names(number).products for number in range(network.shape.layers)):
+            for names in products:
+                packed |= halved(kept, names)
+                kept = {name: kept[name] for name in kept if name.rpartition(".")[0] not in names}
+    floats = {name for name, tensor in kept.items() if tensor.dtype.is_floating_point}
+    return packed | {name: tensor.bfloat16() if name in floats else tensor.clone() for name, tensor in kept.items()}
 
 
 CONVERSIONS = {"bfloat16": halve, "int8": quantize}
 CONVERTED_FILES = {precision: f"{precision}.safetensors" for precision in CONVERSIONS}
-NETWORKS: dict[str, Callable[[Shape, Mapping[str, Tensor]], Network]] = {
-    "float32": Network,
-    "bfloat16": partial(Network, dtype=torch.bfloat16),
-    "int8": QuantizedNetwork,
-}
+
+
+def build_network(shape: Shape, weights: Mapping[str, Tensor], precision: str) -> Network | LayeredNetwork:
+    """Builds the network that computes with these weights; torch's, where layers.c does not serve it."""
+    packed = any(name.endswith(".panels") for name in weights)
+    if precision == "int8" or packed or (precision == "float32" and kernels.are_quick() and not serves(shape)):
+        return LayeredNetwork(shape, weights, precision)
+    return Network(shape, weights, DTYPES[precision])
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def mapped(folder: Path, converted: str | None = None) -> Mapping[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The package's C: attention.c and int8.c, called through ctypes."""
+"""The package's C, called through ctypes: attention.c and layers.c."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 LIBRARY = "autoembed.encoding.packed._kernels"
+MOST = 4
+"""All that layers.c knows of processors."""
 
 
 @cache
@@ -25,3 +27,34 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 def pointers(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
     """Returns a C struct of pointers."""
     return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors))
+
+
+@cache
+def layers() -> ctypes.CDLL:
+    """Returns layers.c, told to compute with all that this processor has."""
+    found = library()
+    if found is None:
+        raise RuntimeError("this installation was built without a C compiler")
+    pointer, number = ctypes.c_void_p, ctypes.c_long
+    found.autoembed_layers_space.restype = found.autoembed_product_space.restype = number
+    found.autoembed_layers_space.argtypes = [pointer, number, number, ctypes.c_int]
+    found.autoembed_layers.argtypes = [pointer, pointer, number, number, ctypes.c_int]
+    found.autoembed_product_space.argtypes = [number, pointer, number, ctypes.c_int]
+    found.autoembed_product.argtypes = [
+        number,
+        pointer,
+        pointer,
+        number,
+        number,
+        pointer,
+        pointer,
+        pointer,
+        ctypes.c_int,
+    ]
+    found.autoembed_processor(MOST)
+    return found
+
+
+def are_quick() -> bool:
+    """Tells whether layers.c has this processor's own instructions: its general form is slower than torch."""
+    return library() is not None and bool(layers().autoembed_processor(MOST))

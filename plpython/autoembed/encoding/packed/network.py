@@ -170,8 +170,8 @@ class Norm:
     def __init__(
         self, weights: Mapping[str, Tensor], name: str, epsilon: float, dtype: torch.dtype = torch.float32
     ) -> None:
-        self.weight = _either(weights, f"{name}.weight", f"{name}.gamma").to(dtype)
-        self.bias = _either(weights, f"{name}.bias", f"{name}.beta").to(dtype)
+        self.weight = weight_of(weights, name, "weight").to(dtype)
+        self.bias = weight_of(weights, name, "bias").to(dtype)
         self.epsilon = epsilon
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -376,6 +376,10 @@ def relative_buckets(distances: Tensor, buckets: int, farthest: int = 128) -> Te
     return behind + torch.where(distance < exact, distance, far)
 
 
-def _either(weights: Mapping[str, Tensor], name: str, former: str) -> Tensor:
-    """Finds a norm's weight and bias, which old BERTs call gamma and beta."""
-    return weights[name] if name in weights else weights[former]
+OLD_NAMES = {"weight": "gamma", "bias": "beta"}
+
+
+def weight_of(weights: Mapping[str, Tensor], norm: str, part: str) -> Tensor:
+    """Finds a norm's weight or bias, which old BERTs call gamma and beta."""
+    name = f"{norm}.{part}"
+    return weights[name] if name in weights else weights[f"{norm}.{OLD_NAMES[part]}"]

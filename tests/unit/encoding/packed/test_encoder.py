@@ -23,6 +23,7 @@ from autoembed.adding.add import add_model
 from autoembed.encoding import interrupts
 from autoembed.encoding.batching import Vector, encode_all
 from autoembed.encoding.load import load_encoder
+from autoembed.encoding.packed import layers
 from autoembed.encoding.packed.encoder import PackedEncoder, Pipeline, convert_weights
 from autoembed.encoding.packed.network import Shape, UnsupportedNetwork
 from autoembed.encoding.reference import StEncoder
@@ -434,6 +435,7 @@ def test_a_micro_batch_can_be_interrupted_within(
     packed_one: Callable[[str], PackedEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupts, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(layers, "SLICE_FLOP", 0)
     encoder = packed_one("all-MiniLM-L6-v2")
     texts = encoder.tokenize(["vacuum", "rows " * 40])
     calls = []
@@ -457,6 +459,7 @@ def test_a_cancel_within_is_no_texts_failure(
     packed_one: Callable[[str], PackedEncoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interrupts, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(layers, "SLICE_FLOP", 0)
     calls = []
 
     def checkpoint() -> None:

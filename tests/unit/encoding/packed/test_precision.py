@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 import models_for_tests as made
 from autoembed.adding.add import add_model
@@ -18,8 +16,7 @@ from autoembed.adding.convert import Options
 from autoembed.encoding.batching import Failure, Vector, encode_all
 from autoembed.encoding.load import load_encoder
 from autoembed.encoding.packed import encoder as packed
-from autoembed.encoding.packed.int8 import OUTLIERS, Kernels, Rows, Weight, quantized
-from autoembed.encoding.packed.network import Workspace
+from autoembed.encoding.packed import kernels
 from autoembed.encoding.protocol import Encoder
 from autoembed.errors import BrokenModel, InvalidOption
 from autoembed.models import directory
@@ -116,14 +113,28 @@ def test_what_the_packed_encoder_does_not_serve_has_float32_only(add: Add, folde
         add(folders["served-by-sentence-transformers"], "int8")
 
 
-def test_an_activation_without_a_kernel_is_refused(add: Add, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_other_activations(add: Add, folders: dict[str, Path], tmp_path: Path, load: Add, precision: str) -> None:
     import shutil
 
     folder = Path(shutil.copytree(folders["tiny-mpnet"], tmp_path / "relu"))
     config = layouts.read_json(folder / "config.json", "relu")
     made.write_json(folder / "config.json", {**config, "hidden_act": "relu"})
-    with pytest.raises(BrokenModel, match="needs the activation gelu, not relu"):
-        add(folder, "int8")
+    mine, full = (vectors(add(folder, each), TEXTS) for each in (precision, "float32"))
+    cosines = (mine * full).sum(1) / np.linalg.norm(mine, axis=1) / np.linalg.norm(full, axis=1)
+    assert cosines.min() > 0.998
+
+
+def test_without_a_compiler_int8_is_refused_and_bfloat16_is_torchs(
+    add: Add, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    with pytest.raises(BrokenModel, match="int8 is not computed here: this installation was built without a C"):
+        add(folders["tiny-mpnet"], "int8")
+    full = vectors(add(folders["tiny-mpnet"], "float32"), TEXTS)
+    mine = vectors(add(folders["tiny-mpnet"], "bfloat16"), TEXTS)
+    cosines = (mine * full).sum(1) / np.linalg.norm(mine, axis=1) / np.linalg.norm(full, axis=1)
+    assert cosines.min() > 0.998
 
 
 def test_flags_are_read_as_linux_writes_them(tmp_path: Path) -> None:
@@ -132,75 +143,6 @@ def test_flags_are_read_as_linux_writes_them(tmp_path: Path) -> None:
         assert cpu.flags(tmp_path / "cpuinfo") == {"fpu", "avx2", "bf16"}
     assert cpu.flags(tmp_path / "nothing") == frozenset()
     assert cpu.lacks("float32") is None
-
-
-# --- the kernels, against torch --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Kernels:
-    return Kernels()
-
-
-@pytest.fixture
-def space() -> Workspace:
-    return Workspace(torch.float32)
-
-
-def product(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor, Weight]:
-    """A random weight, its bias and both quantized; one input is far larger than the others."""
-    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
-    largest = torch.ones(inputs)
-    largest[3] = 100
-    return weight, bias, quantized(weight, bias, largest)
-
-
-@pytest.mark.parametrize("rows", [1, 7, 64])
-@pytest.mark.parametrize("outputs", [16, 33, 384])
-def test_a_product(kernels: Kernels, space: Workspace, rows: int, outputs: int) -> None:
-    torch.manual_seed(0)
-    weight, bias, small = product(outputs, 96)
-    tokens = torch.randn(rows, 96) + 0.5
-    tokens[:, 3] *= 100
-    out, beside = kernels.product(kernels.quantize(tokens, small, space), small, 7, space)
-    assert beside.fill_(torch.nan).shape == (rows, 7)
-    expected = functional.linear(tokens, weight, bias)
-    assert (out - expected).abs().max() < 0.02 * functional.linear(tokens.abs(), weight.abs()).mean()
-    assert small.outliers.shape == (OUTLIERS, outputs)
-    assert 3 in small.places
-
-
-def test_gelu_and_norm(kernels: Kernels, space: Workspace) -> None:
-    """Quantized again by the kernel: undone here, to see what it computed."""
-    torch.manual_seed(0)
-    _, _, up = product(128, 64)
-    _, _, after = product(32, 128)
-    tokens = torch.randn(9, 64)
-    rows = kernels.quantize(tokens, up, space)
-    exact = kernels.product(rows, up, 0, space)[0].clone()
-    values = undone(kernels.gelu(rows, up, after, space), after)
-    torch.testing.assert_close(values, functional.gelu(exact), atol=float(exact.abs().max()) / 120, rtol=0)
-
-    class Learned:
-        weight, bias, epsilon = torch.rand(128), torch.randn(128), 1e-5
-
-    residual = torch.randn(9, 128)
-    expected = functional.layer_norm(exact + residual, (128,), Learned.weight, Learned.bias, Learned.epsilon)
-    normed = kernels.add_norm(rows, up, residual, Learned, after, space)  # type: ignore[arg-type]
-    torch.testing.assert_close(residual, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(undone(normed, after), expected, atol=float(expected.abs().max()) / 100, rtol=0)
-
-
-def undone(rows: Rows, after: Weight) -> torch.Tensor:
-    steps, scales, middles, outliers = rows
-    values = steps.float() * scales[:, None] + middles[:, None]
-    return values.index_copy(1, after.places, outliers)
-
-
-def test_rows_that_the_stack_does_not_take(kernels: Kernels, space: Workspace) -> None:
-    _, _, wide = product(4, 20_000)
-    with pytest.raises(RuntimeError, match="does not take rows of this length"):
-        kernels.quantize(torch.zeros(1, 20_000), wide, space)
 
 
 def test_prepared_weights_are_mapped() -> None:
