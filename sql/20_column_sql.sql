@@ -190,7 +190,7 @@ end;
 create function autoembed.key_columns(
     relation oid, out "position" bigint, out name name, out type text, out equals text, out greater text,
         out scalar boolean,
-    out json text)
+    out as_json text)
 returns setof record
 language sql stable
 begin atomic
@@ -283,7 +283,7 @@ begin
     select array_agg(c.name order by c.position) as names,
            string_agg(format(case c.position when 0 then 'least(t.%I)' else 't.%I' end, c.name), ', '
                order by c.position) as indexed,
-           format('pg_catalog.jsonb_build_array(%s)', string_agg(c.json, ', ' order by c.position)) as key,
+           format('pg_catalog.jsonb_build_array(%s)', string_agg(c.as_json, ', ' order by c.position)) as key,
            string_agg(format('t.%I %s (d.key operator(pg_catalog.->>) %s)::%s', c.name, c.equals, c.position, c.type),
                ' and ' order by c.position) as matching,
            string_agg(format('($1 operator(pg_catalog.->>) %s)::%s', c.position, c.type), ', '
