@@ -43,7 +43,7 @@ def refused(connection: Connection, statement: str) -> Diagnostic:
 
 REFUSED = {
     # statement: SQLSTATE, message, hint
-    "select embed('a', 'no-such')": ("22023", 'model "no-such" is not in the model directory', "There are: stub-16"),
+    "select embed('a', 'no-such')": ("22023", 'model "no-such" is not in the model directory', "There are: "),
     "select embed(array['a'], 'no-such')": ("22023", 'model "no-such" is not in the model directory', ""),
     "select embed('a', 'stub-16', 'poem')": ("22023", "model stub-16 has no prompt named poem", "Its prompts are"),
     "select embed(array[array['a']])": ("2202E", "the array of texts has more than one dimension", ""),
