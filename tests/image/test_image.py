@@ -59,7 +59,7 @@ def test_everything_is_there(shared: Container) -> None:
     assert "loaded by the postmaster" in shared.sql("select message from embedding_health where check_name = 'preload'")
     call = "substring(command from 'call autoembed[^;]*')"
     assert shared.sql(f"select username || ': ' || {call} from cron.job where jobname like 'pg_autoembed%'") == (
-        "postgres: call autoembed.tick(batch => 32)"
+        "postgres: call autoembed.tick(batch => null)"
     )
 
 
