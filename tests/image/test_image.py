@@ -160,7 +160,7 @@ def plain(shared: Container) -> Iterator[str]:
 def test_fills_by_psql(shared: Container, plain: str) -> None:
     shared.sql(f"{DECLARE}; {INSERT}", plain)
     assert filled(shared, plain) == 0
-    assert shared.sql("call embed_pending(32)", plain) == f"{len(TEXTS)}|0|0"
+    assert shared.sql("call embed_pending(32)", plain) == f"{len(TEXTS)}|0|0|0"
     assert shared.sql(ASK, plain) == ANSWER
 
 
