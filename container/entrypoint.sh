@@ -56,7 +56,8 @@ may_need_update() {
 # A server that only this script can reach, and that runs no jobs. It may have a crash to recover from first.
 private_server() {
     local options
-    options=$(printf '%q ' "${ARGUMENTS[@]}" -c listen_addresses= -c "unix_socket_directories=$PGDATA" -c "hba_file=$HBA" -c port=5432 -c cron.launch_active_jobs=off)
+    options=$(printf '%q ' "${ARGUMENTS[@]}" -c listen_addresses= -c "unix_socket_directories=$PGDATA" -c "hba_file=$HBA" -c port=5432 -c cron.launch_active_jobs=off \
+        -c pg_autoembed.setup=on)  # so that the container is not called healthy before the real server is up
     EMBEDDING_PRELOAD='' pg_ctl -D "$PGDATA" -s -w -t 86400 -o "$options" start
 }
 
